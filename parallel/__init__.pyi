@@ -1,0 +1,16 @@
+from .collectives import all_gather as all_gather
+from .collectives import all_reduce as all_reduce
+from .collectives import all_to_all as all_to_all
+from .collectives import copy as copy
+from .collectives import gather as gather
+from .collectives import reduce_scatter as reduce_scatter
+from .collectives import split as split
+from .deferred import WeightGradientQueue as WeightGradientQueue
+from .mesh import AXES as AXES
+from .mesh import build_mesh as build_mesh
+from .random import initialize as initialize
+from .sharding import Sharding as Sharding
+from .sharding import gather_full as gather_full
+from .sharding import shardings as shardings
+from .sharding import take_shard as take_shard
+from .traffic import count_traffic as count_traffic

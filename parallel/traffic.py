@@ -1,0 +1,94 @@
+"""Counting what the ranks send, without a word in the code that sends it.
+
+Every torch collective is an operation of the `c10d` namespace that passes torch's dispatcher, in the backward too; a
+dispatch mode sees them all. The engine pays nothing when nobody counts.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Bytes that one rank sends in a ring of n ranks, as a multiple of (the operation's largest tensor, n).
+_NAMES = {
+    "allreduce_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+    "recv_any_source_": "receive",
+    "barrier": "barrier",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One communication operation of this rank.
+
+    `bytes` is the size of the whole tensor: reduced, gathered or scattered, sent or received.
+    """
+
+    operation: str
+    bytes: int
+    group_size: int
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that this rank sends, by the ring algorithm for collectives (Thakur et al. 2005)."""
+        share = (self.group_size - 1) / self.group_size
+        factor = {"all_reduce": 2 * share, "send": 1.0, "receive": 0.0, "broadcast": 1.0, "barrier": 0.0}
+        return self.bytes * factor.get(self.operation, share)
+
+
+class Traffic(TorchDispatchMode):
+    """The communication of this rank inside the `with` block, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    @property
+    def messages(self) -> int:
+        """Operations that this rank started, receives not counted."""
+        return sum(call.operation != "receive" for call in self.calls)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that this rank sent."""
+        return sum(call.sent_bytes for call in self.calls)
+
+    def count(self) -> Counter[str]:
+        """Number of calls of each operation."""
+        return Counter(call.operation for call in self.calls)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._record(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, name: str, args: Any) -> None:
+        operation = _NAMES.get(name, name)
+        sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+        self.calls.append(Call(operation, max(sizes, default=0), _group_size(group)))
+
+
+def _group_size(group: Any) -> int:
+    if group is None:
+        return 1
+    return int(torch.distributed.ProcessGroup.unbox(group).size())
+
+
+def count_traffic() -> Traffic:
+    """`with count_traffic() as traffic:` counts this rank's communication: `traffic.messages`, `.bytes`, `.calls`."""
+    return Traffic()
