@@ -1,0 +1,161 @@
+"""A pipeline schedule as plain data, and the one place where the dependencies of a pipeline are stated.
+
+A schedule holds one program per rank: the list of that rank's actions in order. Bubbles are not written; they are what
+remains when every action waits for the values that it needs. Checker, simulator, drawing and executor all read
+`needs`, `gives` and `traffic` of this file and know nothing else about pipelines.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot be built, or that would compute the wrong thing or hang."""
+
+
+class Action(NamedTuple):
+    """One unit of work of a rank: `kind` (a key of `KINDS`) of one microbatch on one stage. B is I and W at once."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Action":
+        """Read the text form, such as `2F0`: forward of microbatch 0 on stage 2."""
+        match = re.fullmatch(r"(\d+)([FBIW])(\d+)", text.strip())
+        if match is None:
+            raise ScheduleError(
+                f"{text!r} is no action; write stage, one of F, B, I, W, and microbatch, such as 2F0 for the forward of "
+                "microbatch 0 on stage 2"
+            )
+        return cls(match[2], int(match[1]), int(match[3]))
+
+
+class Value(NamedTuple):
+    """What one action hands to another: a stage's output (`act`), input gradient (`grad`) or weight gradient (`wgrad`)."""
+
+    name: str
+    stage: int
+    microbatch: int
+
+
+def gives(action: Action) -> tuple[Value, ...]:
+    """The values that exist once `action` has run."""
+    kind, stage, microbatch = action
+    if kind == "F":
+        return (Value("act", stage, microbatch),)
+    if kind == "I":
+        return (Value("grad", stage, microbatch),)
+    if kind == "W":
+        return (Value("wgrad", stage, microbatch),)
+    return Value("grad", stage, microbatch), Value("wgrad", stage, microbatch)
+
+
+def needs(action: Action, stages: int) -> tuple[Value, ...]:
+    """The values that must exist before `action` can run, in a pipeline of `stages` stages."""
+    kind, stage, microbatch = action
+    if kind == "F":
+        return (Value("act", stage - 1, microbatch),) if stage > 0 else ()
+    own = Value("act", stage, microbatch)
+    if kind == "W":
+        return own, Value("grad", stage, microbatch)
+    return (own, Value("grad", stage + 1, microbatch)) if stage < stages - 1 else (own,)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank does, in which order.
+
+    Attributes:
+        name: for messages and captions.
+        programs: one list of actions per rank; to be read, not changed.
+        placement: the rank of each stage; derived from the programs when not given.
+
+    Raises:
+        ScheduleError: a stage without an action or on two ranks, and no placement given that settles it.
+    """
+
+    name: str
+    programs: list[list[Action]]
+    placement: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "programs", [list(program) for program in self.programs])
+        object.__setattr__(self, "placement", tuple(self.placement) or _placement(self.name, self.programs))
+
+    @property
+    def ranks(self) -> int:
+        return len(self.programs)
+
+    @property
+    def stages(self) -> int:
+        return len(self.placement)
+
+    @cached_property
+    def microbatches(self) -> int:
+        return 1 + max((action.microbatch for program in self.programs for action in program), default=-1)
+
+    @cached_property
+    def forward_only(self) -> bool:
+        return all(action.kind == "F" for program in self.programs for action in program)
+
+    def rank_of(self, stage: int) -> int:
+        return self.placement[stage]
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that `rank` holds, in ascending order."""
+        return [stage for stage, holder in enumerate(self.placement) if holder == rank]
+
+
+def _placement(name: str, programs: Sequence[Iterable[Action]]) -> tuple[int, ...]:
+    holders: dict[int, int] = {}
+    for rank, program in enumerate(programs):
+        for action in program:
+            holder = holders.setdefault(action.stage, rank)
+            if holder != rank:
+                raise ScheduleError(
+                    f"schedule {name}: {action} is on rank {rank}, but stage {action.stage} is already on rank {holder}; "
+                    "a stage lives on one rank"
+                )
+    stages = 1 + max(holders, default=-1)
+    missing = [stage for stage in range(stages) if stage not in holders]
+    if not stages or missing:
+        what = f"stage {missing[0]} has no action on any rank" if missing else "there is no action at all"
+        raise ScheduleError(f"schedule {name}: {what}; give every stage its actions")
+    return tuple(holders[stage] for stage in range(stages))
+
+
+class Transfer(NamedTuple):
+    """A value that crosses ranks, with the action indices in the two programs that produce and first use it."""
+
+    value: Value
+    produced_by: int
+    needed_by: int
+
+
+def traffic(schedule: Schedule) -> dict[tuple[int, int], list[Transfer]]:
+    """For each (source rank, destination rank): what is sent, in the order in which the source produces it."""
+    first_use: dict[tuple[int, Value], int] = {}
+    users: dict[Value, list[int]] = {}
+    for rank, program in enumerate(schedule.programs):
+        for index, action in enumerate(program):
+            for value in needs(action, schedule.stages):
+                if schedule.placement[value.stage] != rank and (rank, value) not in first_use:
+                    first_use[rank, value] = index
+                    users.setdefault(value, []).append(rank)
+    lanes: dict[tuple[int, int], list[Transfer]] = {}
+    for rank, program in enumerate(schedule.programs):
+        for index, action in enumerate(program):
+            for value in gives(action):
+                for user in users.get(value, ()):
+                    lanes.setdefault((rank, user), []).append(Transfer(value, index, first_use[user, value]))
+    return lanes
