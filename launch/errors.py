@@ -1,0 +1,26 @@
+"""The two kinds of failure a person sees, and how they are shown: one plain sentence on stderr."""
+
+import sys
+
+
+class WeftError(Exception):
+    """A failure that its message explains in full; nobody needs its traceback."""
+
+    exit_status: int = 1
+
+
+class UserError(WeftError):
+    """What the user asked for cannot be done as asked: names the key or file, the value and the remedy."""
+
+    exit_status = 2
+
+
+class RunError(WeftError):
+    """What was asked for rightly failed on the way."""
+
+    exit_status = 1
+
+
+def show(error: BaseException) -> None:
+    """Print the error's sentence to stderr, without its traceback."""
+    print(str(error) or type(error).__name__, file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""Whether a layout fits: the world, the batch, the sequence, the layers and the schedule divide as they must."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weft.launch.errors import UserError
+from weft.launch.sections import Settings
+
+if TYPE_CHECKING:
+    from weft.model.config import ModelConfig
+
+
+def model_ranks(settings: Settings) -> int:
+    """Ranks that hold one replica of the model: pipeline x context x tensor."""
+    return settings.parallel.pipeline * settings.parallel.context * settings.parallel.tensor
+
+
+def data_size(settings: Settings, world_size: int) -> int:
+    """Replicas of the model in a world of `world_size` ranks.
+
+    Raises:
+        UserError: the layout does not fill the world exactly.
+    """
+    parallel = settings.parallel
+    replicas = world_size // model_ranks(settings)
+    if replicas * model_ranks(settings) != world_size:
+        product = f"pipeline {parallel.pipeline} × context {parallel.context} × tensor {parallel.tensor}"
+        raise UserError(
+            f"parallel: {product} is {model_ranks(settings)}, which does not divide the world of {world_size} ranks; "
+            f"choose tensor {_listed(_dividing_tensors(settings, world_size))}, or another world size."
+        )
+    if parallel.data not in ("auto", replicas):
+        raise UserError(
+            f"parallel.data is {parallel.data}, but a world of {world_size} ranks holds {replicas} replicas of "
+            f"{model_ranks(settings)} ranks (pipeline × context × tensor); choose parallel.data={replicas} or auto, "
+            f"or a world of {parallel.data * model_ranks(settings)} ranks."
+        )
+    return replicas
+
+
+def microbatches(settings: Settings, world_size: int) -> int:
+    """Microbatches of each replica per optimiser step.
+
+    Raises:
+        UserError: the global batch does not divide over replicas and microbatches.
+    """
+    size = settings.batch.global_size
+    replicas = data_size(settings, world_size)
+    share = replicas * settings.batch.micro_size
+    if size % share:
+        nearest = [multiple for multiple in (size // share * share, (size // share + 1) * share) if multiple]
+        raise UserError(
+            f"batch.global_size is {size}, which does not divide by data {replicas} × batch.micro_size "
+            f"{settings.batch.micro_size} = {share}; the nearest sizes that do: {_listed(nearest)}."
+        )
+    return size // share
+
+
+def check_layout(settings: Settings, world_size: int) -> None:
+    """Check everything about the layout that the settings and the world size alone decide.
+
+    Raises:
+        UserError: the first thing that does not fit, with the choices that do.
+    """
+    _check_available(settings)
+    count = microbatches(settings, world_size)
+    model = _model_config(settings)
+    _check_sequence(settings, model)
+    _check_split(settings, model)
+    _check_schedule(settings, count)
+
+
+def _check_available(settings: Settings) -> None:
+    parallel = settings.parallel
+    available = {
+        "parallel.context": (parallel.context, 1),
+        "parallel.zero": (parallel.zero, 0),
+        "parallel.recompute": (parallel.recompute, "none"),
+        "train.precision": (settings.train.precision, "fp32"),
+    }
+    for key, (value, supported) in available.items():
+        if value != supported:
+            raise UserError(f"{key} is {value}; this version supports {supported}.")
+
+
+def _check_sequence(settings: Settings, model: "ModelConfig") -> None:
+    length = settings.corpus.sequence_length
+    tensor = settings.parallel.tensor
+    if length > model.max_position_embeddings:
+        raise UserError(
+            f"corpus.sequence_length is {length}, but the model has {model.max_position_embeddings} positions "
+            "(model.max_position_embeddings); shorten the one or raise the other."
+        )
+    if settings.parallel.sequence_parallel and length % tensor:
+        raise UserError(
+            f"corpus.sequence_length is {length}, which does not divide over tensor {tensor} as "
+            f"parallel.sequence_parallel needs; choose {length // tensor * tensor or tensor}, "
+            "or parallel.sequence_parallel=false."
+        )
+
+
+def _check_split(settings: Settings, model: "ModelConfig") -> None:
+    parallel = settings.parallel
+    layers = model.num_hidden_layers
+    stages = parallel.pipeline * parallel.stages_per_rank
+    if stages > layers:
+        raise UserError(
+            f"parallel: pipeline {parallel.pipeline} × stages_per_rank {parallel.stages_per_rank} is {stages} stages, "
+            f"but the model has {layers} layers (model.num_hidden_layers); choose at most {layers} stages."
+        )
+    if parallel.split == "auto":
+        return
+    if len(parallel.split) != stages or sum(parallel.split) != layers:
+        raise UserError(
+            f"parallel.split is {list(parallel.split)}: {len(parallel.split)} stages with {sum(parallel.split)} "
+            f"layers, but the layout has {stages} stages and the model {layers} layers."
+        )
+
+
+def _check_schedule(settings: Settings, count: int) -> None:
+    from weft.parallel.pipeline.schedules import build_schedule
+
+    parallel = settings.parallel
+    if parallel.schedule.endswith(".csv") and not Path(parallel.schedule).is_file():
+        raise UserError(f"parallel.schedule is {parallel.schedule}, but there is no such file.")
+    try:
+        build_schedule(parallel.schedule, parallel.pipeline, count, parallel.stages_per_rank)
+    except ValueError as error:
+        raise UserError(f"parallel.schedule is {parallel.schedule}: {error}") from None
+
+
+def _model_config(settings: Settings) -> "ModelConfig":
+    from weft.model.config import model_config
+
+    try:
+        return model_config(settings.model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _dividing_tensors(settings: Settings, world_size: int) -> list[int]:
+    """Tensor sizes with which the other axes of a replica divide the world."""
+    others = model_ranks(settings) // settings.parallel.tensor
+    return [tensor for tensor in range(1, world_size // others + 1) if world_size % (others * tensor) == 0]
+
+
+def _listed(choices: Iterable[int]) -> str:
+    *head, last = map(str, choices)
+    return f"{', '.join(head)} or {last}" if head else last

@@ -1,0 +1,154 @@
+"""The settings of a run as typed sections; every field says its meaning, its unit and its default.
+
+The values are strict: a number in quotes is text, an unknown key is an error. `model` stays a mapping of
+Hugging Face config names here; `weft.model.config` knows what they mean.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: strict, unchangeable, no unknown keys."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ParallelSettings(Section):
+    """How the model and the batch are spread over the ranks."""
+
+    tensor: AtLeastOne = Field(default=1, description="ranks that share each layer's matrices")
+    pipeline: AtLeastOne = Field(default=1, description="ranks that hold consecutive stages of layers")
+    data: Literal["auto"] | AtLeastOne = Field(
+        default="auto", description="replicas of the model; auto takes what the other axes leave of the world"
+    )
+    context: AtLeastOne = Field(default=1, description="ranks that share each sequence")
+    sequence_parallel: bool = Field(
+        default=True, description="norms and residuals hold sequence / tensor positions on each tensor rank"
+    )
+    schedule: Text = Field(default="1f1b", description="pipeline schedule by name, or the path of a table.csv")
+    stages_per_rank: AtLeastOne = Field(default=1, description="stages that each pipeline rank holds")
+    split: Literal["auto"] | Annotated[tuple[AtLeastOne, ...], Field(strict=False, min_length=1)] = Field(
+        default="auto", description="layers of each stage, first stage first; auto balances their cost"
+    )
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(default=0, description="ZeRO stage over the data axis")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations computed again in the backward pass instead of kept"
+    )
+
+
+class BatchSettings(Section):
+    """How many sequences are trained on at a time."""
+
+    global_size: AtLeastOne = Field(default=32, description="sequences per optimiser step, over all ranks")
+    micro_size: AtLeastOne = Field(default=4, description="sequences per microbatch")
+
+
+class OptimizerSettings(Section):
+    """The update rule and its constants."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="update rule")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field(
+        default=(0.9, 0.95), description="decay per step of the gradient's and the squared gradient's average"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.1, description="decay of the matrices, in units of the learning rate"
+    )
+    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="largest L2 norm of the gradient of all parameters; 0 leaves it unclipped"
+    )
+
+
+class LearningRateSettings(Section):
+    """How the learning rate changes over the steps."""
+
+    warmup_steps: NotNegative = Field(default=20, description="steps of linear warm-up")
+    decay: Literal["cosine"] = Field(default="cosine", description="shape of the decay from the peak to the minimum")
+    minimum_learning_rate: Annotated[float, Field(ge=0)] = Field(
+        default=1e-4, description="learning rate at the last step"
+    )
+
+
+class TrainSettings(Section):
+    """How long and by what rule the model is trained."""
+
+    steps: AtLeastOne = Field(default=200, description="optimiser steps")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="number format of the computation")
+    seed: NotNegative = Field(default=1234, description="draws the initial weights, the dropout and the batches")
+    timeout: AtLeastOne = Field(default=600, description="longest wait for another rank, in seconds")
+    evaluate_every: NotNegative = Field(
+        default=50, description="steps between evaluations on held-out text; 0 evaluates only at the end"
+    )
+    evaluate_sequences: AtLeastOne = Field(default=32, description="held-out sequences per evaluation")
+    optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="update rule and its constants")
+    schedule: LearningRateSettings = Field(default=LearningRateSettings(), description="learning rate over the steps")
+
+
+class CorpusSettings(Section):
+    """The text that is learned."""
+
+    path: Text = Field(default="builtin", description="builtin, or a file or folder of text or JSONL")
+    tokenizer: Text = Field(default="auto", description="auto trains one on the corpus; or a tokenizer.json")
+    sequence_length: AtLeastOne = Field(default=256, description="tokens per sequence")
+
+
+class CheckpointSettings(Section):
+    """When the run is saved, and where it goes on from."""
+
+    directory: Text = Field(description="folder of the checkpoints; runs/NAME/checkpoints when left out")
+    every: NotNegative = Field(default=50, description="steps between checkpoints; 0 saves only at the end")
+    keep: AtLeastOne = Field(default=3, description="newest checkpoints that are kept")
+    resume: Text = Field(default="auto", description="auto (the newest if there is one), never, or a checkpoint's path")
+
+
+class ReportSettings(Section):
+    """Where metrics, logs and the report are written."""
+
+    directory: Text = Field(description="folder of the run's metrics, logs and report; runs/NAME when left out")
+
+
+class ClusterSettings(Section):
+    """The machines that the run is meant for."""
+
+    nodes: AtLeastOne = Field(default=1, description="machines")
+    devices_per_node: Literal["auto"] | AtLeastOne = Field(
+        default="auto", description="processes on each machine; auto: its GPUs, or on CPU what the layout needs"
+    )
+    device: Text = Field(default="auto", description="auto, cpu, cuda, or a GPU's name such as h100-sxm")
+
+
+class Settings(Section):
+    """Everything a run needs to know."""
+
+    name: Text = Field(description="the run's name; the settings file's own when left out")
+    model: Annotated[dict[str, Any], Field(min_length=1)] = Field(
+        description="the model by Hugging Face config names, or {config: path of a config.json}"
+    )
+    parallel: ParallelSettings = Field(default=ParallelSettings(), description="layout over the ranks")
+    batch: BatchSettings = Field(default=BatchSettings(), description="sequences per step and per microbatch")
+    train: TrainSettings = Field(default=TrainSettings(), description="steps, optimiser and seed")
+    corpus: CorpusSettings = Field(default=CorpusSettings(), description="text and tokens")
+    checkpoint: CheckpointSettings = Field(description="saving and resuming")
+    report: ReportSettings = Field(description="metrics, logs and report")
+    cluster: ClusterSettings = Field(default=ClusterSettings(), description="machines and devices")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_directories(cls, values: Any) -> Any:
+        """Let directories that are left out follow the run's name."""
+        if not isinstance(values, dict):
+            return values
+        report = values.get("report", {})
+        if isinstance(report, dict):
+            report = {"directory": f"runs/{values.get('name')}"} | report
+        checkpoint = values.get("checkpoint", {})
+        if isinstance(checkpoint, dict) and isinstance(report, dict):
+            checkpoint = {"directory": f"{report['directory']}/checkpoints"} | checkpoint
+        return values | {"report": report, "checkpoint": checkpoint}
