@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pipeline", "data", "context", "tensor")
@@ -46,16 +47,16 @@ def build_mesh(
     if ranks != world_size:
         grid = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ValueError(f"{grid} is {ranks} ranks, but the world has {world_size}; choose sizes whose product is that")
-    options = None if dist.get_backend() == "fake" else {axis: _group_options(device_type, timeout) for axis in AXES}
-    return init_device_mesh(
-        device_type, tuple(sizes.values()), mesh_dim_names=AXES, backend_override=options
-    )
+    options: Any = {axis: _group_options(device_type, timeout) for axis in AXES}
+    if dist.get_backend() == "fake":
+        options = None
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES, backend_override=options)
 
 
 def _group_options(device_type: str, timeout: timedelta) -> tuple[str, Any]:
     # gloo's sends and receives know no other time limit than the one that their group was made with
     backend = "nccl" if device_type == "cuda" else "gloo"
-    options = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     return backend, options
 
@@ -63,5 +64,5 @@ def _group_options(device_type: str, timeout: timedelta) -> tuple[str, Any]:
 def _start_process_group(ranks: int, device_type: str, timeout: timedelta) -> None:
     options: dict[str, Any] = {"backend": "nccl" if device_type == "cuda" else "gloo", "timeout": timeout}
     if ranks == 1 and "WORLD_SIZE" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options |= {"store": HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)

@@ -97,7 +97,7 @@ class _ColumnMatmul(torch.autograd.Function):
             for parameter, gradient, needed in zip(ctx.parameters, gradients, needs[:count], strict=True)
         ]
         bias_gradients = [
-            gradient.flatten(0, -2).sum(0) if needed else None
+            _rows(gradient).sum(0) if needed else None
             for gradient, needed in zip(gradients, needs[count:], strict=True)
         ]
         input_gradient = reducing() if reducing is not None else None
@@ -134,7 +134,7 @@ def _reduce_input_gradient(ctx: Any, gradients: Sequence[Tensor], weights: Seque
     total = gradients[0] @ weights[0]
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
         # in place into the flat view: one pass over memory less than a product and a sum
-        total.flatten(0, -2).addmm_(gradient.flatten(0, -2), weight)
+        _rows(total).addmm_(_rows(gradient), weight)
     if ctx.mesh.size() == 1:
         return lambda: total
     if ctx.gather:
@@ -153,4 +153,8 @@ def _weight_gradient(
 
 
 def _product(gradient: Tensor, x: Tensor) -> Tensor:
-    return gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+    return _rows(gradient).t() @ _rows(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,154 @@
+"""Self-attention with its heads split over ranks (Shoeybi et al. 2019, §3)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.parallel.tensor.dropout import Dropout, DropoutKey
+from weft.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
+from weft.parallel.tensor.matmul import column_matmul
+
+
+class ParallelSelfAttention(nn.Module):
+    """Multi-head or grouped-query self-attention: each rank of `mesh` computes `num_heads / tensor` heads.
+
+    `o_proj(softmax(q kᵀ / sqrt(head_dim)) v)` with q, k, v from column-parallel projections that share one input
+    reduction, and a row-parallel output projection.
+
+    Key-value heads fewer than ranks are replicated on neighbouring ranks; their gradients are summed.
+
+    Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` with `sequence_parallel`).
+    Communication: forward one all-reduce (one all-gather, one reduce-scatter), backward one all-reduce (two
+    all-gathers, one reduce-scatter).
+
+    Raises:
+        ValueError: the heads do not divide over the ranks, or the key-value heads neither divide nor are divided.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        mesh: DeviceMesh,
+        bias: bool = False,
+        output_bias: bool | None = None,
+        dropout: float = 0.0,
+        place: str = "attention",
+        sequence_parallel: bool = False,
+        is_causal: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        head_dim = head_dim or hidden_size // num_heads
+        check_heads(num_heads, num_kv_heads, mesh.size())
+        replicas = max(1, mesh.size() // num_kv_heads)
+        self.mesh, self.head_dim, self.is_causal = mesh, head_dim, is_causal
+        self.num_heads, self.local_heads = num_heads, num_heads // mesh.size()
+        self.num_kv_heads, self.local_kv_heads = num_kv_heads, num_kv_heads * replicas // mesh.size()
+        self.sequence_parallel = sequence_parallel
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "sequence_parallel": sequence_parallel,
+            "device": device,
+            "dtype": dtype,
+        }
+        kv_features = num_kv_heads * head_dim
+        self.q_proj = ColumnParallelLinear(hidden_size, num_heads * head_dim, bias, **options)
+        self.k_proj = ColumnParallelLinear(hidden_size, kv_features, bias, replicas=replicas, **options)
+        self.v_proj = ColumnParallelLinear(hidden_size, kv_features, bias, replicas=replicas, **options)
+        output_bias = bias if output_bias is None else output_bias
+        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, output_bias, **options)
+        self.dropout = Dropout(dropout, f"{place}.dropout")
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> Tensor:
+        """Attend within x.
+
+        `rotary`: cosines and sines, each `[sequence, head_dim]`. `mask`: added to the scores or boolean (True: attend),
+        broadcast to `[batch, heads / tensor, sequence, sequence]`; it replaces the causal mask.
+        """
+        q, k, v = self._project(x)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.training and self.dropout.p:
+            heads = self._attend_with_dropout(q, k, v, mask, dropout_key)
+        else:
+            heads = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=self.is_causal and mask is None, enable_gqa=k.shape[1] != q.shape[1]
+            )
+        merged: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))  # [batch, sequence, heads / tensor · head_dim]
+        return merged
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[batch, heads / tensor, sequence, head_dim]`, k and v `[batch, kv_heads / tensor, sequence, head_dim]`."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        projected = column_matmul(
+            x,
+            [layer.used("weight") for layer in layers],
+            [layer.used("bias") for layer in layers],
+            mesh=self.mesh,
+            sequence_parallel=self.sequence_parallel,
+            queue=self.q_proj.weight_gradient_queue,
+        )
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
+        return q, k, v
+
+    def _attend_with_dropout(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: DropoutKey | None
+    ) -> Tensor:
+        """Attention with its probabilities dropped by place, which torch's fused attention cannot do."""
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [batch, heads / tensor, sequence, sequence]
+        if mask is None and self.is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        first = self.mesh.get_local_rank() * self.local_heads
+        probabilities = self.dropout(scores.softmax(-1), key, offset=first, dim=1, full_size=self.num_heads)
+        return torch.matmul(probabilities, v)
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads} (local {self.local_heads}), "
+            f"key-value heads={self.num_kv_heads} (local {self.local_kv_heads})"
+        )
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) with the halves of the head paired, as Hugging Face stores them.
+
+    Shapes: x `[batch, heads, sequence, head_dim]`, cosines and sines `[sequence, head_dim]`.
+    """
+    first, second = x.chunk(2, -1)
+    return x * cosines + torch.cat((-second, first), -1) * sines
+
+
+def check_heads(num_heads: int, num_kv_heads: int, ranks: int) -> None:
+    """Refuse head counts that `ranks` tensor ranks cannot share.
+
+    Raises:
+        ValueError: names the number, the rule and the choices.
+    """
+    fitting = [n for n in range(1, num_heads + 1) if not num_heads % n and not (num_kv_heads % n and n % num_kv_heads)]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} attention heads do not divide over {num_kv_heads} key-value heads; change one")
+    if ranks in fitting:
+        return
+    what = f"{num_heads} attention heads" if num_heads % ranks else f"{num_kv_heads} key-value heads"
+    choices = ", ".join(map(str, fitting[:-1])) + (" or " if len(fitting) > 1 else "") + str(fitting[-1])
+    raise ValueError(f"{what} do not divide over tensor {ranks}; choose {choices}")

@@ -1,0 +1,161 @@
+"""Column- and row-parallel linear layers (Shoeybi et al. 2019, §3; Korthikanti et al. 2022, §4.2.2)."""
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from weft.parallel.collectives import gather, split
+from weft.parallel.deferred import WeightGradientQueue
+from weft.parallel.sharding import Sharding, replicated, take_shard
+from weft.parallel.tensor.matmul import column_matmul, row_matmul
+from weft.parallel.tensor.partial import ShardedModule
+
+
+class ParallelLinear(ShardedModule, nn.Linear):
+    """What column- and row-parallel layers share: the shard's shape, its declaration, and the plain layer's weights."""
+
+    weight_gradient_queue: WeightGradientQueue | None = None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, weight: Sharding, bias_sharding: Sharding, **factory: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        self.full_in_features, self.full_out_features = in_features, out_features
+        self.out_features, self.in_features = weight.local_shape
+        self.mesh = weight.mesh
+        self.shardings = {"weight": weight} | ({"bias": bias_sharding} if bias else {})
+        self.weight = nn.Parameter(torch.empty(weight.local_shape, **factory))
+        self.bias = nn.Parameter(torch.empty(bias_sharding.local_shape, **factory)) if bias else None  # type: ignore[assignment]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw what the plain layer would draw from torch's generator, and keep this rank's shard.
+
+        The generators of all ranks must be in the same state; they are in the same state again afterwards.
+        """
+        if self.weight.is_meta:
+            return
+        bound = 1 / sqrt(self.full_in_features) if self.full_in_features else 0.0
+        for name, sharding in self.shardings.items():
+            parameter = self.get_parameter(name)
+            full = torch.empty(sharding.full_shape, dtype=parameter.dtype, device=parameter.device)
+            with torch.no_grad():
+                parameter.copy_(take_shard(full.uniform_(-bound, bound), sharding))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.full_in_features}, out_features={self.full_out_features}, "
+            f"bias={self.bias is not None}, local weight={list(self.weight.shape)}, ranks={self.mesh.size()}"
+        )
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """`y_r = x W_r^T + b_r`: output features split over `mesh`, x whole on every rank.
+
+    Forward: no communication (all-gather with `gather_output`). Backward: all-reduce of dL/dx.
+    With `sequence_parallel`, x is split along its sequence, dim -2: forward all-gather, backward reduce-scatter.
+    Equal to `nn.Linear(in_features, out_features)`, seed for seed, on any number of ranks.
+
+    Shapes: x `[…, in_features]` (`[…, sequence / tensor, in_features]`), result `[…, out_features / tensor]`
+    (`[…, out_features]` with `gather_output`).
+
+    `chunks`: sizes of projections fused along the output (q, k, v; gate, up), each split by itself.
+    `replicas`: that many neighbouring ranks hold the same shard, and their gradients are summed.
+
+    Raises:
+        ValueError: `out_features`, or one of its `chunks`, does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        gather_output: bool = False,
+        sequence_parallel: bool = False,
+        chunks: tuple[int, ...] = (),
+        replicas: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if chunks and sum(chunks) != out_features:
+            raise ValueError(f"chunks {list(chunks)} add up to {sum(chunks)}, not to out_features {out_features}")
+        for size in chunks or (out_features,):
+            if size % (mesh.size() // replicas):
+                raise ValueError(_does_not_divide("out_features", size, mesh.size() // replicas))
+        shared: dict[str, Any] = {"chunks": chunks, "replicas": replicas, "partial_gradient": replicas > 1}
+        weight = Sharding(Shard(0), mesh, (out_features, in_features), **shared)
+        bias_sharding = Sharding(Shard(0), mesh, (out_features,), **shared)
+        super().__init__(in_features, out_features, bias, weight, bias_sharding, device=device, dtype=dtype)
+        self.gather_output, self.sequence_parallel = gather_output, sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        (y,) = column_matmul(
+            x,
+            [self.used("weight")],
+            [self.used("bias")],
+            mesh=self.mesh,
+            sequence_parallel=self.sequence_parallel,
+            queue=self.weight_gradient_queue,
+        )
+        return gather(y, self.mesh, -1) if self.gather_output else y
+
+
+class RowParallelLinear(ParallelLinear):
+    """`y = sum over ranks of x_r W_r^T, + b`: input features split over `mesh`, bias whole and added once.
+
+    Forward: all-reduce of y. Backward: no communication.
+    With `sequence_parallel`, y is split along its sequence, dim -2: forward reduce-scatter, backward all-gather; the
+    gradient of the bias is summed over the ranks.
+    Equal to `nn.Linear(in_features, out_features)`, seed for seed, on any number of ranks.
+
+    Shapes: x `[…, in_features / tensor]` (`[…, in_features]` when not `input_is_parallel`), result
+    `[…, out_features]` (`[…, sequence / tensor, out_features]`).
+
+    Raises:
+        ValueError: `in_features` does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh,
+        input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features % mesh.size():
+            raise ValueError(_does_not_divide("in_features", in_features, mesh.size()))
+        weight = Sharding(Shard(1), mesh, (out_features, in_features))
+        partial = sequence_parallel and mesh.size() > 1
+        bias_sharding = replicated(mesh, (out_features,), partial_gradient=partial)
+        super().__init__(in_features, out_features, bias, weight, bias_sharding, device=device, dtype=dtype)
+        self.input_is_parallel, self.sequence_parallel = input_is_parallel, sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = split(x, self.mesh, -1)
+        y = row_matmul(
+            x,
+            self.weight,
+            mesh=self.mesh,
+            sequence_parallel=self.sequence_parallel,
+            queue=self.weight_gradient_queue,
+        )
+        bias = self.used("bias")
+        return y if bias is None else y + bias
+
+
+def _does_not_divide(name: str, size: int, ranks: int) -> str:
+    choices = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= 64)
+    return f"{name} {size} does not divide over {ranks} tensor ranks; choose {choices} ranks or another size"

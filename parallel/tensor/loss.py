@@ -1,0 +1,106 @@
+"""Cross-entropy over a vocabulary that is split over ranks: the logits are never gathered (Shoeybi et al. 2019, §3)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.parallel.exchange import start_all_gather
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mesh: DeviceMesh,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of `logits` against `targets`, equal to `torch.nn.functional.cross_entropy` on gathered logits.
+
+    Shapes: logits `[…, vocabulary / tensor]`, this rank's columns, all ranks of equal width; targets `[…]`, whole and
+    equal on all ranks. The result is a scalar for "mean" (over the targets that are not `ignore_index`) and "sum",
+    `[…]` for "none". Columns of -inf are padding: no target selects them and label smoothing leaves them out.
+    Computed in float32 at least.
+
+    Communication: forward, one all-gather of three numbers per token (five with label smoothing); backward none.
+
+    Raises:
+        ValueError: an unknown reduction, a label smoothing outside [0, 1], or shapes that do not match.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; choose a number from 0 to 1")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {list(logits.shape)} need targets {list(logits.shape[:-1])}, not {list(targets.shape)}"
+        )
+    losses: Tensor = _CrossEntropy.apply(logits, targets, mesh, ignore_index, label_smoothing)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss per token: `log Σ exp z − (1 − ε) z_target − ε mean z`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, mesh: DeviceMesh, ignore_index: int, label_smoothing: float
+    ) -> Tensor:
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # a rank whose columns are all padding has no largest logit
+        largest = z.amax(-1).clamp_min(torch.finfo(z.dtype).min)
+        exponentials = (z - largest.unsqueeze(-1)).exp_()
+        column, owned = _local_targets(targets, logits.shape[-1], mesh)
+        chosen = z.gather(-1, column).squeeze(-1).masked_fill(~owned, 0.0)
+        terms = [largest, exponentials.sum(-1), chosen]
+        padding = None
+        if label_smoothing:
+            padding = z.isneginf()
+            terms += [z.masked_fill(padding, 0.0).sum(-1), (~padding).sum(-1).to(z.dtype)]
+        every = _from_every_rank(torch.stack(terms), mesh)  # [ranks, terms, tokens]
+
+        highest = every[:, 0].amax(0)
+        partition = (every[:, 1] * (every[:, 0] - highest).exp()).sum(0)
+        losses = highest + partition.log() - (1 - label_smoothing) * every[:, 2].sum(0)
+        width = None
+        if label_smoothing:
+            width = every[:, 4].sum(0)
+            losses -= label_smoothing * every[:, 3].sum(0) / width
+        probabilities = exponentials.mul_(((largest - highest).exp() / partition).unsqueeze(-1))
+        ignored = targets == ignore_index
+        ctx.save_for_backward(probabilities, column, owned, ignored, padding, width)
+        ctx.label_smoothing, ctx.dtype = label_smoothing, logits.dtype
+        return losses.masked_fill_(ignored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        probabilities, column, owned, ignored, padding, width = ctx.saved_tensors
+        result = probabilities.clone()
+        if ctx.label_smoothing:
+            result -= (ctx.label_smoothing / width).unsqueeze(-1).masked_fill(padding, 0.0)
+        at_target = owned.to(result.dtype) * (ctx.label_smoothing - 1)
+        result.scatter_add_(-1, column, at_target.unsqueeze(-1))
+        result *= gradient.masked_fill(ignored, 0.0).unsqueeze(-1)
+        return result.to(ctx.dtype), None, None, None, None
+
+
+def _from_every_rank(terms: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Stacked along a new first dim; summing in rank order gives all ranks the same result to the bit."""
+    return terms[None] if mesh.size() == 1 else start_all_gather(terms[None], mesh, 0).wait()
+
+
+def _local_targets(targets: Tensor, width: int, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """Column of each target among this rank's, `[…, 1]` (0 for another rank's), and whether it is this rank's."""
+    local = targets - mesh.get_local_rank() * width
+    owned = (local >= 0) & (local < width)
+    return local.masked_fill(~owned, 0).unsqueeze(-1), owned
