@@ -77,8 +77,8 @@ def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
         works, received = _exchange(others, [mine.shape] * len(others), group)
         received.insert(group.rank(), mine)
         return Pending(works, lambda: _sum_in_order(received), keep_alive=others)
-    stacked = torch.stack(parts)
-    total = torch.empty_like(stacked[0])
+    stacked = torch.cat(parts)
+    total = torch.empty_like(parts[0])
     work = dist.reduce_scatter_single(total, stacked, group=group, async_op=True)
     return Pending([work], lambda: total, keep_alive=stacked)
 
