@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Bytes that one rank sends in a ring of n ranks, as a multiple of (the operation's largest tensor, n).
 _NAMES = {
     "allreduce_": "all_reduce",
     "allgather_": "all_gather",
@@ -78,7 +77,8 @@ class Traffic(TorchDispatchMode):
 
     def _record(self, name: str, args: Any) -> None:
         operation = _NAMES.get(name, name)
-        sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        # the list forms pass a whole tensor as one argument of several pieces
+        sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args]
         group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
         self.calls.append(Call(operation, max(sizes, default=0), _group_size(group)))
 
