@@ -36,3 +36,11 @@ from .tensor.norm import LayerNorm as LayerNorm
 from .tensor.norm import RMSNorm as RMSNorm
 from .tensor.partial import defer_partial_gradients as defer_partial_gradients
 from .tensor.partial import reduce_partial_gradients as reduce_partial_gradients
+from .data.buckets import GradientBuckets as GradientBuckets
+from .data.gradients import clip_gradients as clip_gradients
+from .data.gradients import counted_parameters as counted_parameters
+from .data.gradients import gradient_norm as gradient_norm
+from .pipeline.executor import PipelineExecutor as PipelineExecutor
+from .pipeline.executor import StepResult as StepResult
+from .pipeline.stage import PipelineStage as PipelineStage
+from .pipeline.transport import PipelineError as PipelineError

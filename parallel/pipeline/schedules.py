@@ -67,9 +67,7 @@ def _actions(kind: str, stage: int, microbatches: int) -> list[Action]:
 
 def _one_stage_per_rank(name: str, stages_per_rank: int) -> None:
     if stages_per_rank != 1:
-        raise ScheduleError(
-            f"schedule {name} has one stage per rank, not {stages_per_rank}; set stages_per_rank to 1 or choose interleaved"
-        )
+        raise ScheduleError(f"schedule {name} has one stage per rank, not {stages_per_rank}; choose interleaved")
 
 
 BUILDERS: dict[str, Callable[[int, int, int], Schedule]] = {

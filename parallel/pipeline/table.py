@@ -34,14 +34,14 @@ class Action(NamedTuple):
         match = re.fullmatch(r"(\d+)([FBIW])(\d+)", text.strip())
         if match is None:
             raise ScheduleError(
-                f"{text!r} is no action; write stage, one of F, B, I, W, and microbatch, such as 2F0 for the forward of "
-                "microbatch 0 on stage 2"
+                f"{text!r} is no action; write stage, one of F, B, I, W, and microbatch, such as 2F0 for the "
+                "forward of microbatch 0 on stage 2"
             )
         return cls(match[2], int(match[1]), int(match[3]))
 
 
 class Value(NamedTuple):
-    """What one action hands to another: a stage's output (`act`), input gradient (`grad`) or weight gradient (`wgrad`)."""
+    """What one action hands to another: a stage's output (`act`), its input gradient (`grad`), its `wgrad`."""
 
     name: str
     stage: int
@@ -123,8 +123,8 @@ def _placement(name: str, programs: Sequence[Iterable[Action]]) -> tuple[int, ..
             holder = holders.setdefault(action.stage, rank)
             if holder != rank:
                 raise ScheduleError(
-                    f"schedule {name}: {action} is on rank {rank}, but stage {action.stage} is already on rank {holder}; "
-                    "a stage lives on one rank"
+                    f"schedule {name}: {action} is on rank {rank}, but stage {action.stage} is already on rank "
+                    f"{holder}; a stage lives on one rank"
                 )
     stages = 1 + max(holders, default=-1)
     missing = [stage for stage in range(stages) if stage not in holders]

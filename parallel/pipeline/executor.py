@@ -1,0 +1,257 @@
+"""Runs a schedule: one executor for every table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter, time
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.parallel.pipeline.check import check_schedule
+from weft.parallel.pipeline.feed import Feed, Given, make_feed
+from weft.parallel.pipeline.payload import Nest, PayloadSpec, TensorSpec, take_apart
+from weft.parallel.pipeline.plan import plan_rank
+from weft.parallel.pipeline.run import LossFunction, ProgramRun
+from weft.parallel.pipeline.schedules import forward_only
+from weft.parallel.pipeline.shared import SharedParameters
+from weft.parallel.pipeline.stage import PipelineStage
+from weft.parallel.pipeline.table import Action, Schedule
+from weft.parallel.pipeline.timeline import Box, Timeline
+from weft.parallel.pipeline.transport import LOSS, Shapes, Transport
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of one pass through the pipeline.
+
+    Attributes:
+        loss: the step's loss, a float64 scalar on the CPU, the same on every rank of the pipeline.
+        losses: the loss of each microbatch, `[microbatches]`, the same on every rank.
+        timeline: the measured boxes of this rank, in seconds of `time.perf_counter`.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    timeline: Timeline
+
+
+class PipelineExecutor:
+    """Runs the programs of a schedule on the ranks of a pipeline.
+
+    Making one is a collective call of the pipeline group: the schedule is proved, and shared parameters get equal
+    values. The modules' train or eval mode is the caller's.
+
+    Args:
+        schedule: the table to run.
+        stages: the stages of this rank, as the schedule places them.
+        mesh: the one-dimensional mesh of the pipeline axis.
+        loss_function: `loss_function(output of the last stage, target)` gives one number.
+        loss_reduction: "mean" weighs each microbatch by 1 / microbatches, "sum" adds the losses as they are.
+        split: `split(batch, microbatches)` cuts a batch that is not given as a sequence of microbatches.
+        shapes: "agree" lets headers tell the shapes of payloads once per step and stage, or per microbatch when the
+            inputs differ in shape; "vary" sends a header with every activation, for outputs whose shapes depend on
+            numbers; a mapping from stage to an example of its output (meta tensors will do) fixes them without any
+            message.
+        timeout: seconds that any wait for another rank may take.
+        reduce_shared_gradients: sum the gradients of shared parameters at the end of each step. If not, the caller
+            does it by calling `reduce_shared_gradients` once before the optimiser steps.
+        before_last_backward: called with a stage's index just before the last action that produces its gradients, so
+            that their reduction over other axes can begin while that action runs.
+
+    Raises:
+        ScheduleError: the schedule is not complete, not ordered, or can hang.
+        ValueError: stages or mesh do not fit the schedule.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: Sequence[PipelineStage],
+        mesh: DeviceMesh,
+        loss_function: LossFunction,
+        *,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        split: Callable[[Any, int], Sequence[Any]] | None = None,
+        shapes: Literal["agree", "vary"] | Mapping[int, Nest] = "agree",
+        timeout: float = 600.0,
+        reduce_shared_gradients: bool = True,
+        before_last_backward: Callable[[int], None] | None = None,
+    ) -> None:
+        check_schedule(schedule)
+        device = _device(mesh)
+        self.schedule = schedule
+        self._stages = {stage.index: stage for stage in stages}
+        self._loss_function = loss_function
+        self._loss_reduction = loss_reduction
+        self._split = split
+        self._shapes = shapes
+        self._reduces_shared = reduce_shared_gradients
+        self._transport = Transport(mesh, schedule, device, timeout)
+        self._check_stages(len(stages), mesh.size())
+        rank = self._transport.rank
+        self._plan = plan_rank(schedule, rank)
+        self._forward_schedule = forward_only(schedule)
+        self._forward_plan = plan_rank(self._forward_schedule, rank)
+        self._last_backwards = self._find_last_backwards(before_last_backward) if before_last_backward else {}
+        self._shared = SharedParameters(stages, self._transport)
+
+    def step(
+        self, batch: Any = None, targets: Any = None, *, keywords: Sequence[Mapping[str, Any]] | None = None
+    ) -> StepResult:
+        """Forward and backward of one batch; gradients are added to `.grad` of this rank's parameters.
+
+        Args:
+            batch: a list or tuple with the input of each microbatch (a tensor, or a nest; a tuple is the first
+                stage's arguments), or one tensor that is cut into equal parts along dim 0, or whatever `split`
+                cuts. Only the rank of the first stage looks at it.
+            targets: the same for the loss function's second argument, on the rank of the last stage.
+            keywords: one dict of keyword arguments per microbatch, for the module of every stage of this rank.
+
+        Raises:
+            PipelineError: another rank did not do its part within the time limit.
+            ValueError: batch, targets or keywords do not fit the schedule.
+        """
+        if self.schedule.forward_only:
+            raise ValueError(f"schedule {self.schedule.name} has forwards only; call evaluate or forward")
+        if self._reduces_shared:
+            self._shared.begin_step()
+        with torch.enable_grad():
+            result = self._pass(Given(batch, targets, keywords), forward=False)
+        if self._reduces_shared:
+            self._shared.sum_gradients()
+        return result
+
+    def evaluate(
+        self, batch: Any = None, targets: Any = None, *, keywords: Sequence[Mapping[str, Any]] | None = None
+    ) -> StepResult:
+        """The losses of one batch, as `step` takes it, without gradients."""
+        with torch.no_grad():
+            return self._pass(Given(batch, targets, keywords), forward=True)
+
+    def forward(self, batch: Any = None, *, keywords: Sequence[Mapping[str, Any]] | None = None) -> list[Nest] | None:
+        """The last stage's output of each microbatch, on the rank that holds that stage; None on the others."""
+        with torch.no_grad():
+            run = self._execute(self._make_feed(Given(batch, None, keywords), wants_loss=False), forward=True)
+        return [run.outputs[microbatch] for microbatch in sorted(run.outputs)] if run.outputs else None
+
+    def reduce_shared_gradients(self) -> None:
+        """Sum the gradients of shared parameters over all stages that hold them, in place."""
+        self._shared.sum_gradients()
+
+    def gather_timeline(self, result: StepResult) -> Timeline:
+        """The measured boxes of all ranks, on a common clock. A collective call of the pipeline group."""
+        boxes = result.timeline.boxes
+        programs = (self.schedule if len(boxes) == len(self._plan.actions) else self._forward_schedule).programs
+        offset = time() - perf_counter()
+        own = torch.zeros(max(map(len, programs)), 2, dtype=torch.float64)
+        own[: len(boxes)] = torch.tensor([(box.start + offset, box.end + offset) for box in boxes], dtype=torch.float64)
+        everyone = [torch.zeros_like(own) for _ in programs]
+        dist.all_gather(everyone, own, group=self._transport.group)
+        return Timeline(
+            (
+                Box(rank, action, start, end)
+                for rank, (program, times) in enumerate(zip(programs, everyone, strict=True))
+                for action, (start, end) in zip(program, times.tolist(), strict=False)
+            ),
+            self.schedule.ranks,
+        )
+
+    def _pass(self, given: Given, *, forward: bool) -> StepResult:
+        feed = self._make_feed(given, wants_loss=True)
+        exchange = _LossExchange(self._transport, self.schedule)
+        run = self._execute(feed, forward=forward)
+        losses = exchange.finish(run.losses)
+        return StepResult(losses.sum() * self._loss_weight, losses, Timeline(run.boxes, self.schedule.ranks))
+
+    def _make_feed(self, given: Given, *, wants_loss: bool) -> Feed:
+        feed = make_feed(self.schedule, given, split=self._split, rank=self._transport.rank, wants_loss=wants_loss)
+        return replace(feed, uniform=False) if self._shapes == "vary" else feed
+
+    def _execute(self, feed: Feed, *, forward: bool) -> ProgramRun:
+        run = ProgramRun(
+            self._forward_schedule if forward else self.schedule,
+            self._forward_plan if forward else self._plan,
+            self._stages,
+            self._transport,
+            Shapes(_fixed_specs(self._shapes, requires_grad=not forward)),
+            feed,
+            loss_function=self._loss_function,
+            loss_weight=self._loss_weight,
+            before_last_backward={} if forward else self._last_backwards,
+        )
+        run.execute()
+        return run
+
+    @property
+    def _loss_weight(self) -> float:
+        return 1.0 / self.schedule.microbatches if self._loss_reduction == "mean" else 1.0
+
+    def _check_stages(self, count: int, size: int) -> None:
+        if size != self.schedule.ranks:
+            raise ValueError(
+                f"schedule {self.schedule.name} is for {self.schedule.ranks} ranks, but the pipeline axis has {size}; "
+                "build it for that number"
+            )
+        wanted = self.schedule.stages_of(self._transport.rank)
+        if sorted(self._stages) != wanted or count != len(wanted):
+            raise ValueError(
+                f"rank {self._transport.rank} of the pipeline was given stages {sorted(self._stages)}, but schedule "
+                f"{self.schedule.name} places {wanted} on it"
+            )
+
+    def _find_last_backwards(self, callback: Callable[[int], None]) -> dict[Action, Callable[[], None]]:
+        last: dict[int, Action] = {}
+        for planned in self._plan.actions:
+            action = planned.action
+            if action.kind in ("BW" if self._stages[action.stage].defers_weight_gradients else "BI"):
+                last[action.stage] = action
+        return {action: lambda stage=stage: callback(stage) for stage, action in last.items()}  # type: ignore[misc]
+
+
+class _LossExchange:
+    """Brings the losses of the last stage to every rank; receives are posted when it is made."""
+
+    def __init__(self, transport: Transport, schedule: Schedule) -> None:
+        self._transport = transport
+        self._source = schedule.rank_of(schedule.stages - 1)
+        self._peers = [rank for rank in range(schedule.ranks) if rank != self._source]
+        self._losses = torch.zeros(schedule.microbatches, dtype=torch.float64)
+        self._receipt = None
+        if transport.rank != self._source:
+            self._receipt = transport.receive(self._losses, self._source, LOSS, self._missing)
+
+    def finish(self, losses: Mapping[int, Tensor]) -> Tensor:
+        if self._receipt is not None:
+            self._transport.wait(self._receipt, self._source, self._missing)
+            return self._losses
+        self._losses.copy_(torch.stack([losses[microbatch].reshape(()) for microbatch in sorted(losses)]))
+        works = [(self._transport.send(self._losses, peer, LOSS, self._untaken), peer) for peer in self._peers]
+        for work, peer in works:
+            self._transport.wait(work, peer, self._untaken)
+        return self._losses
+
+    def _missing(self) -> str:
+        return f"no losses arrived from {self._transport.name_rank(self._source)}"
+
+    def _untaken(self) -> str:
+        return "the losses were not taken by another rank"
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
+def _fixed_specs(shapes: str | Mapping[int, Nest], *, requires_grad: bool) -> dict[int, PayloadSpec]:
+    if isinstance(shapes, str):
+        return {}
+    specs = {}
+    for stage, example in shapes.items():
+        tensors, spec = take_apart(example)
+        of = (TensorSpec(t.dtype, tuple(t.shape), requires_grad and t.is_floating_point()) for t in tensors)
+        specs[stage] = PayloadSpec(spec.structure, tuple(of))
+    return specs

@@ -1,0 +1,87 @@
+"""What one rank does around each action of its program: receives to post, values to take, sends, buffers to free."""
+
+from dataclasses import dataclass, field
+
+from weft.parallel.pipeline.table import Action, Schedule, Transfer, Value, gives, needs, traffic
+
+
+@dataclass
+class Planned:
+    """One action with its communication.
+
+    Attributes:
+        post: (peer, count): so many more receives from `peer` are to be posted before the action runs. They are those
+            of this action, of the next one, and what the peer sends before them.
+        takes: the value of a neighbouring stage that the action needs, if any.
+        source: the peer that sends it; None when it comes from this rank.
+        release: (peer, count): once that value is here, so many of the sends to `peer` are known to have been taken.
+        destinations: the ranks to which the action's output goes.
+    """
+
+    action: Action
+    post: list[tuple[int, int]] = field(default_factory=list)
+    takes: Value | None = None
+    source: int | None = None
+    release: list[tuple[int, int]] = field(default_factory=list)
+    destinations: list[int] = field(default_factory=list)
+
+
+@dataclass
+class RankPlan:
+    """The plan of one rank, and for each peer the values received from it in the order in which it sends them."""
+
+    actions: list[Planned]
+    incoming: dict[int, list[Value]]
+    outgoing: list[int]
+
+
+def plan_rank(schedule: Schedule, rank: int) -> RankPlan:
+    """Derive the communication of `rank` from the schedule's dependencies."""
+    lanes = traffic(schedule)
+    program = schedule.programs[rank]
+    plan = [Planned(action) for action in program]
+    incoming = {source: lane for (source, destination), lane in lanes.items() if destination == rank}
+    outgoing = {destination: lane for (source, destination), lane in lanes.items() if source == rank}
+    for planned in plan:
+        for value in needs(planned.action, schedule.stages):
+            if value.stage != planned.action.stage:
+                holder = schedule.placement[value.stage]
+                planned.takes = value
+                planned.source = holder if holder != rank else None
+    for peer, lane in incoming.items():
+        _plan_posts(plan, peer, lane)
+    for peer, lane in outgoing.items():
+        for transfer in lane:
+            plan[transfer.produced_by].destinations.append(peer)
+        _plan_releases(plan, peer, lane, schedule.programs[peer])
+    values = {peer: [transfer.value for transfer in lane] for peer, lane in incoming.items()}
+    return RankPlan(plan, values, sorted(outgoing))
+
+
+def _plan_posts(plan: list[Planned], peer: int, lane: list[Transfer]) -> None:
+    """Post each receive one action ahead of its use; what the peer sends before it has to be posted before it."""
+    posted = 0
+    last_needed: dict[int, int] = {}
+    for count, transfer in enumerate(lane, start=1):
+        at = max(0, transfer.needed_by - 1)
+        last_needed[at] = max(last_needed.get(at, 0), count)
+    for at in sorted(last_needed):
+        if last_needed[at] > posted:
+            plan[at].post.append((peer, last_needed[at] - posted))
+            posted = last_needed[at]
+
+
+def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], program: list[Action]) -> None:
+    """A value from `peer` proves that `peer` has taken all that its program used before it made that value."""
+    made_at = {value: index for index, action in enumerate(program) for value in gives(action)}
+    released = 0
+    for index, planned in enumerate(plan):
+        if planned.source != peer or planned.takes is None:
+            continue
+        horizon = made_at[planned.takes]
+        count = released
+        while count < len(lane) and lane[count].needed_by <= horizon and lane[count].produced_by < index:
+            count += 1
+        if count > released:
+            planned.release.append((peer, count - released))
+            released = count

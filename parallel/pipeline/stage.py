@@ -1,0 +1,84 @@
+"""One stage of a pipeline: a piece of the model, and how its forward, backward and weight gradients are run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from weft.parallel.deferred import WeightGradientQueue
+from weft.parallel.pipeline.payload import Nest, TensorSpec, as_arguments
+
+
+class PipelineStage:
+    """Piece `index` of a model that is cut into stages.
+
+    The module is called as `module(*payload, **keywords)`. The payload is what the stage before has returned (a tuple
+    or list becomes several arguments) or, on the first stage, the microbatch; keywords are given by the caller of the
+    step, on every rank for itself. It returns a tensor, None, or a nest of tuples, lists and dicts of tensors.
+
+    Args:
+        module: the layers of this stage.
+        index: its place in the pipeline, from 0.
+        shared: parameters that other stages hold too, such as tied embeddings: a name that all of them use, and the
+            parameter or its name in `module`. They are kept equal and their gradients are summed over all stages.
+    """
+
+    def __init__(
+        self, module: nn.Module, index: int, *, shared: Mapping[str, nn.Parameter | str] | None = None
+    ) -> None:
+        self.module = module
+        self.index = index
+        self.shared = {
+            key: module.get_parameter(parameter) if isinstance(parameter, str) else parameter
+            for key, parameter in (shared or {}).items()
+        }
+        self._queue = WeightGradientQueue()
+        self._deferring = [part for part in module.modules() if hasattr(part, "weight_gradient_queue")]
+        for part in self._deferring:
+            part.weight_gradient_queue = self._queue  # type: ignore[assignment]
+
+    @property
+    def defers_weight_gradients(self) -> bool:
+        """Whether any of the weight gradients can be left for later."""
+        return bool(self._deferring)
+
+    def forward(self, payload: Nest, keywords: Mapping[str, Any]) -> Nest:
+        return self.module(*as_arguments(payload), **keywords)
+
+    def backward(self, saved: "Saved", gradients: Sequence[Tensor]) -> None:
+        """Add the gradients of parameters and received inputs."""
+        saved.backward(gradients)
+
+    def backward_of_input(self, saved: "Saved", gradients: Sequence[Tensor]) -> Callable[[], None]:
+        """Add the gradients of received inputs, and return the work that adds those of the weights.
+
+        Parameters outside the layers that can defer have their gradients added at once.
+        """
+        with self._queue.record():
+            saved.backward(gradients)
+        return self._queue.take()
+
+
+class Saved:
+    """What must be kept of a forward until its backward: the received inputs, and the graph but not the outputs."""
+
+    def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self._inputs = [tensor for tensor in inputs if tensor.requires_grad]
+        self._edges: list[GradientEdge] = [get_gradient_edge(tensor) for tensor in outputs if tensor.requires_grad]
+
+    def backward(self, gradients: Sequence[Tensor]) -> None:
+        """Backpropagate the gradients of those outputs that require them; frees the graph."""
+        edges, self._edges = self._edges, []
+        if edges:
+            torch.autograd.backward(edges, list(gradients))
+
+    def input_gradients(self) -> list[Tensor]:
+        """The gradients of the received inputs that require them; zeros for one that the stage does not use."""
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs]
+
+
+def as_leaves(tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """The same tensors cut off from where they come from, ready to collect gradients."""
+    return [tensor.detach().requires_grad_(spec.requires_grad) for tensor, spec in zip(tensors, specs, strict=True)]

@@ -1,0 +1,242 @@
+"""Moves values between the ranks of a pipeline: bounded waits, sends that block nobody, receives in the sender's order.
+
+Every (source, destination) pair is a lane: a queue whose receives are posted in the order of the source's sends, so the
+two ends always agree on what comes next. An activation's shapes travel ahead of it in a small header; it is sent with
+the first activation of a stage in a step and, unless that one says that all microbatches look alike, with each of
+them. A gradient needs no header: its receiver has sent the activation that it belongs to.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.parallel.pipeline.payload import PayloadSpec, TensorSpec
+from weft.parallel.pipeline.table import Schedule, Value
+
+DATA, HEADER, LOSS, SHARED = range(4)  # message tags
+HEADER_BYTES = 512
+
+
+class PipelineError(RuntimeError):
+    """A rank of the pipeline did not do its part in time, or is gone."""
+
+
+class Transport:
+    """Point-to-point messages within the pipeline group, each wait bounded by `timeout` seconds."""
+
+    def __init__(self, mesh: DeviceMesh, schedule: Schedule, device: torch.device, timeout: float) -> None:
+        self.group = mesh.get_group()
+        self.rank = dist.get_rank(self.group)
+        self.device = device
+        self.timeout = timeout
+        self._schedule = schedule
+
+    def send(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> dist.Work:
+        """Start sending; `tensor` must stay unchanged until the returned work is done."""
+        try:
+            return _work(dist.isend(tensor, group=self.group, group_dst=peer, tag=tag))
+        except RuntimeError as error:
+            raise self._gone(peer, what) from error
+
+    def receive(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> dist.Work:
+        """Start receiving into `tensor`."""
+        try:
+            return _work(dist.irecv(tensor, group=self.group, group_src=peer, tag=tag))
+        except RuntimeError as error:
+            raise self._gone(peer, what) from error
+
+    def wait(self, work: dist.Work, peer: int, what: Callable[[], str]) -> None:
+        """Wait until `work` is done.
+
+        Raises:
+            PipelineError: `what` has not happened within the time limit, or the peer has gone.
+        """
+        started = perf_counter()
+        try:
+            work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            if perf_counter() - started < 0.99 * self.timeout:
+                raise self._gone(peer, what) from error
+            raise PipelineError(f"{self.here()}: {what()} within {self.timeout:g} s") from error
+
+    def here(self) -> str:
+        """This rank in words: `rank 3 (stage 3 of 4)`."""
+        return self.name_rank(self.rank, f" of {self._schedule.stages}")
+
+    def name_rank(self, rank: int, suffix: str = "") -> str:
+        """A rank of the pipeline in words, by its rank in the job and its stages."""
+        stages = self._schedule.stages_of(rank)
+        plural = "s" if len(stages) > 1 else ""
+        listed = " and ".join(map(str, stages))
+        return f"rank {dist.get_global_rank(self.group, rank)} (stage{plural} {listed}{suffix})"
+
+    def _gone(self, peer: int, what: Callable[[], str]) -> PipelineError:
+        return PipelineError(f"{self.here()}: {what()}: the connection to {self.name_rank(peer)} is lost")
+
+
+def _work(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this rank is not in the pipeline's group"
+    return work
+
+
+class Shapes:
+    """What is known in one step about the payloads of each stage: announced by headers, or fixed beforehand."""
+
+    def __init__(self, fixed: Mapping[int, PayloadSpec]) -> None:
+        self._uniform: dict[int, PayloadSpec] = dict(fixed)
+        self._varying: dict[int, set[int]] = {}
+        self._single: dict[tuple[int, int], PayloadSpec] = {}
+
+    def of(self, stage: int, microbatch: int) -> PayloadSpec | None:
+        """The payload that `stage` hands on for `microbatch`, or None when its header has not come or gone."""
+        return self._uniform.get(stage) or self._single.get((stage, microbatch))
+
+    def announce(self, stage: int, microbatch: int, spec: PayloadSpec, *, uniform: bool) -> None:
+        if uniform:
+            self._uniform[stage] = spec
+        else:
+            self._single[stage, microbatch] = spec
+
+    def uniform(self, stage: int) -> bool:
+        return stage in self._uniform
+
+    def incoming(self, value: Value) -> Sequence[TensorSpec] | None:
+        """The tensors of which a value on its way to this rank consists, or None while that is not known."""
+        if value.name == "act":
+            spec = self.of(value.stage, value.microbatch)
+            return None if spec is None else spec.tensors
+        spec = self.of(value.stage - 1, value.microbatch)
+        return None if spec is None else [tensor for tensor in spec.tensors if tensor.requires_grad]
+
+
+class Outbox:
+    """The lane to one peer."""
+
+    def __init__(self, transport: Transport, peer: int, shapes: Shapes) -> None:
+        self._transport = transport
+        self._peer = peer
+        self._shapes = shapes
+        self._sent: deque[tuple[Value, list[dist.Work], list[Tensor]]] = deque()
+
+    def put(self, value: Value, tensors: Sequence[Tensor], header: bytes | None) -> None:
+        """Start sending a value, its header first; the tensors are kept until they are known to have been taken."""
+
+        what = partial(self._untaken, value)
+        works, kept = [], []
+        if header is not None:
+            for part in _header_messages(header):
+                works.append(self._transport.send(part, self._peer, HEADER, what))
+                kept.append(part)
+        for tensor in tensors:
+            message = tensor.detach().contiguous()
+            works.append(self._transport.send(message, self._peer, DATA, what))
+            kept.append(message)
+        self._sent.append((value, works, kept))
+
+    def release(self, count: int) -> None:
+        """Let go of the oldest `count` values; waits for those that the peer has not taken."""
+        for _ in range(count):
+            value, works, _ = self._sent.popleft()
+            for work in works:
+                self._transport.wait(work, self._peer, partial(self._untaken, value))
+
+    def drain(self) -> None:
+        self.release(len(self._sent))
+
+    def _untaken(self, value: Value) -> str:
+        return f"{_name(value)} was not taken by {self._transport.name_rank(self._peer)}"
+
+
+class Inbox:
+    """The lane from one peer: `order` is what comes, in the order in which the peer sends it."""
+
+    def __init__(self, transport: Transport, peer: int, order: Sequence[Value], shapes: Shapes) -> None:
+        self._transport = transport
+        self._peer = peer
+        self._shapes = shapes
+        self._order = deque(order)
+        self._due: deque[Value] = deque()
+        self._header: tuple[Tensor, dist.Work] | None = None
+        self._arriving: dict[Value, tuple[list[Tensor], list[dist.Work]]] = {}
+
+    def post(self, count: int) -> None:
+        """Make the next `count` values due; receives are posted now for those whose shapes are known."""
+        for _ in range(count):
+            self._due.append(self._order.popleft())
+        self._post_due()
+
+    def take(self, value: Value) -> list[Tensor]:
+        """Wait for a value that is due."""
+        while value not in self._arriving:
+            if self._due[0].name == "act" and self._shapes.incoming(self._due[0]) is None:
+                self._read_header(self._due[0])
+            self._post_due()
+        tensors, works = self._arriving.pop(value)
+        for work in works:
+            self._wait(value, work)
+        return tensors
+
+    def _post_due(self) -> None:
+        while self._due:
+            value = self._due[0]
+            specs = self._shapes.incoming(value)
+            if specs is None:
+                self._post_header(value)
+                return
+            self._due.popleft()
+            tensors = [spec.empty(self._transport.device) for spec in specs]
+            self._arriving[value] = tensors, [self._receive(value, tensor, DATA) for tensor in tensors]
+
+    def _post_header(self, value: Value) -> None:
+        if self._header is None and value.name == "act":
+            header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+            self._header = header, self._receive(value, header, HEADER)
+
+    def _read_header(self, value: Value) -> None:
+        self._post_header(value)
+        assert self._header is not None
+        first, work = self._header
+        self._header = None
+        self._wait(value, work)
+        rest = torch.empty(max(0, _header_length(first) - HEADER_BYTES), dtype=torch.uint8)
+        if rest.numel():
+            self._wait(value, self._receive(value, rest, HEADER))
+        spec, uniform = PayloadSpec.decode(_header_content(first, rest))
+        self._shapes.announce(value.stage, value.microbatch, spec, uniform=uniform)
+
+    def _receive(self, value: Value, tensor: Tensor, tag: int) -> dist.Work:
+        return self._transport.receive(tensor, self._peer, tag, lambda: self._missing(value))
+
+    def _wait(self, value: Value, work: dist.Work) -> None:
+        self._transport.wait(work, self._peer, lambda: self._missing(value))
+
+    def _missing(self, value: Value) -> str:
+        return f"no {_name(value).removeprefix('the ')} arrived from {self._transport.name_rank(self._peer)}"
+
+
+def _name(value: Value) -> str:
+    what = "activation" if value.name == "act" else "gradient"
+    return f"the {what} of microbatch {value.microbatch}"
+
+
+def _header_messages(header: bytes) -> list[Tensor]:
+    """A message of fixed size that begins with the header's length, and one with what does not fit there."""
+    content = (len(header) + 8).to_bytes(8, "little") + header
+    content += bytes(max(0, HEADER_BYTES - len(content)))
+    message = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return [part for part in (message[:HEADER_BYTES], message[HEADER_BYTES:]) if part.numel()]
+
+
+def _header_length(first: Tensor) -> int:
+    return int.from_bytes(first[:8].numpy().tobytes(), "little")
+
+
+def _header_content(first: Tensor, rest: Tensor) -> bytes:
+    return torch.cat([first, rest]).numpy().tobytes()[8 : _header_length(first)]
