@@ -1,0 +1,212 @@
+"""A model on a mesh: its stages, the pipeline that runs them, gradients over all axes, and the optimiser.
+
+The engine knows nothing of files, text or processes: tests and the training loop drive it alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.launch.optimizer import build_optimizer, learning_rate
+from weft.launch.sections import Settings
+from weft.model.config import ModelConfig
+from weft.model.decoder import DecoderStage, initial_distribution
+from weft.model.split import split_layers
+from weft.parallel import (
+    DropoutKey,
+    GradientBuckets,
+    PipelineExecutor,
+    PipelineStage,
+    build_schedule,
+    clip_gradients,
+    counted_parameters,
+    defer_partial_gradients,
+    gradient_norm,
+    initialize,
+    reduce_partial_gradients,
+    vocab_parallel_cross_entropy,
+)
+from weft.parallel.exchange import start_all_reduce
+from weft.parallel.pipeline.executor import StepResult
+from weft.parallel.pipeline.timeline import Timeline
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimiser step did, the same on every rank, and the pipeline's own result.
+
+    `loss`: mean over the valid tokens of the global batch, in nats. `gradient_norm`: of the whole model, before
+    clipping.
+    """
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    pipeline: StepResult
+
+
+class Engine:
+    """One rank's part of a model in training.
+
+    Args:
+        config: the model.
+        settings: layout, batch and optimiser; `parallel.data` may be "auto".
+        mesh: with the axes of `weft.parallel.AXES`.
+        dtype: of parameters, activations and gradients.
+
+    Raises:
+        ValueError: heads, features or layers do not divide over the mesh, or the schedule does not exist.
+    """
+
+    def __init__(
+        self, config: ModelConfig, settings: Settings, mesh: DeviceMesh, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.config, self.settings, self.mesh = config, settings, mesh
+        self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
+        self.device = torch.device(mesh.device_type)
+        self.microbatches = settings.batch.global_size // (settings.batch.micro_size * self.data.size())
+        parallel = settings.parallel
+        self.schedule = build_schedule(
+            parallel.schedule, self.pipeline.size(), self.microbatches, parallel.stages_per_rank
+        )
+        self.stages = self._build_stages(dtype)
+        self.buckets = {stage.index: self._build_buckets(stage) for stage in self.stages}
+        self.executor = self._build_executor()
+        self.optimizer = build_optimizer(self.parameters, settings.train.optimizer)
+        self._counted = self._count_parameters()
+        self._loss_weight = 1.0
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules of this rank's stages, first stage first."""
+        return [stage.module for stage in self.stages]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of this rank, each once."""
+        return list(dict.fromkeys(parameter for module in self.modules for parameter in module.parameters()))
+
+    def step(self, step: int, inputs: Tensor, targets: Tensor) -> StepOutcome:
+        """Train on this data rank's share of the global batch of the step numbered from 0.
+
+        Shapes: inputs and targets `[global_size / data, sequence]`, the same on all ranks of the replica.
+        """
+        self._set_mode(training=True)
+        for buckets in self.buckets.values():
+            buckets.zero()
+        self._loss_weight = 1.0 / self._count_targets(targets)
+        result = self.executor.step(
+            self._cut(inputs), self._cut(targets), keywords=self._keywords(step * self.settings.batch.global_size)
+        )
+        for buckets in self.buckets.values():
+            buckets.finish()
+        for module in self.modules:
+            reduce_partial_gradients(module)
+        self.executor.reduce_shared_gradients()
+        norm = gradient_norm(self._counted, (self.tensor, self.pipeline))
+        rate = self._update(step, norm)
+        return StepOutcome(self._over_data(result.loss), float(norm), rate, result)
+
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
+        """Sum of the loss over all valid targets of all data ranks, in nats, and their number.
+
+        Shapes: as for `step`.
+        """
+        self._set_mode(training=False)
+        self._loss_weight = 1.0
+        result = self.executor.evaluate(self._cut(inputs), self._cut(targets))
+        return self._over_data(result.loss), self._count_targets(targets)
+
+    def gather_timeline(self, outcome: StepOutcome) -> Timeline:
+        """The measured timeline of all ranks of this pipeline. A collective call of the pipeline axis."""
+        return self.executor.gather_timeline(outcome.pipeline)
+
+    def _build_stages(self, dtype: torch.dtype) -> list[PipelineStage]:
+        parallel, count = self.settings.parallel, self.schedule.stages
+        given = None if parallel.split == "auto" else parallel.split
+        layers = split_layers(self.config, count, given, self.settings.corpus.sequence_length)
+        stages = []
+        for index in self.schedule.stages_of(self.pipeline.get_local_rank()):
+            module = DecoderStage(
+                self.config,
+                layers[index],
+                first=index == 0,
+                last=index == count - 1,
+                mesh=self.tensor,
+                sequence_parallel=parallel.sequence_parallel,
+                device="meta",
+                dtype=dtype,
+            )
+            module.to_empty(device=self.device)
+            module.tie()
+            initialize(module, self.settings.train.seed, initial_distribution(self.config))
+            defer_partial_gradients(module)
+            stages.append(PipelineStage(module, index, shared=module.tied_parameters))
+        return stages
+
+    def _build_buckets(self, stage: PipelineStage) -> GradientBuckets:
+        return GradientBuckets(stage.module.parameters(), self.data, late=stage.shared.values())
+
+    def _build_executor(self) -> PipelineExecutor:
+        return PipelineExecutor(
+            self.schedule,
+            self.stages,
+            self.pipeline,
+            self._loss,
+            loss_reduction="sum",
+            timeout=self.settings.train.timeout,
+            reduce_shared_gradients=False,
+            before_last_backward=lambda stage: self.buckets[stage].arm(),
+        )
+
+    def _count_parameters(self) -> list[nn.Parameter]:
+        copies = [p for stage in self.stages if stage.index > 0 for p in stage.shared.values()]
+        return counted_parameters(self.modules, self.tensor, copies)
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        total = vocab_parallel_cross_entropy(logits, targets, mesh=self.tensor, ignore_index=IGNORED, reduction="sum")
+        return total * self._loss_weight
+
+    def _update(self, step: int, norm: Tensor) -> float:
+        train = self.settings.train
+        if train.optimizer.clip_grad_norm:
+            clip_gradients(self.parameters, norm, train.optimizer.clip_grad_norm)
+        rate = learning_rate(step, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return rate
+
+    def _set_mode(self, *, training: bool) -> None:
+        for module in self.modules:
+            module.train(training)
+
+    def _cut(self, rows: Tensor) -> Sequence[Tensor]:
+        return list(rows.to(self.device, non_blocking=True).chunk(self.microbatches))
+
+    def _keywords(self, first_sample: int) -> list[dict[str, Any]] | None:
+        """The dropout keys of this replica's microbatches, when the model has any dropout."""
+        config = self.config
+        if not (config.embedding_dropout or config.attention_dropout or config.residual_dropout):
+            return None
+        share = self.settings.batch.global_size // self.data.size()
+        first = first_sample + self.data.get_local_rank() * share
+        samples = torch.arange(first, first + share, device=self.device).chunk(self.microbatches)
+        return [{"dropout_key": DropoutKey(self.settings.train.seed, part)} for part in samples]
+
+    def _count_targets(self, targets: Tensor) -> int:
+        count = (targets != IGNORED).sum().reshape(1)
+        if self.data.size() > 1:
+            count = start_all_reduce(count.to(self.device), self.data, overwrite=True).wait()
+        return max(1, int(count))
+
+    def _over_data(self, loss: Tensor) -> float:
+        if self.data.size() > 1:
+            loss = start_all_reduce(loss.to(self.device).reshape(1), self.data, overwrite=True).wait()
+        return float(loss)

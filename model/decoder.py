@@ -1,0 +1,227 @@
+"""Decoder blocks and pipeline stages, composed from the layers of `weft.parallel`.
+
+Parameter names are global: a stage keys its blocks by their number in the whole model, so that the same parameter has
+the same name in every layout.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.model.config import ModelConfig
+from weft.model.rotary import rotary_table
+from weft.parallel import (
+    ColumnParallelLinear,
+    Dropout,
+    DropoutKey,
+    LayerNorm,
+    ParallelSelfAttention,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    split,
+)
+from weft.parallel.random import Constant, Distribution, Normal
+from weft.parallel.tensor.matmul import column_matmul
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class MLP(nn.Module):
+    """`down(act(gate(x)) · up(x))`, or `down(act(up(x)))` without a gate: the intermediate features are split.
+
+    Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` under sequence parallelism).
+    """
+
+    def __init__(self, config: ModelConfig, **options: Any) -> None:
+        super().__init__()
+        sizes = (config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.gate_proj = ColumnParallelLinear(*sizes, **options) if config.gated else None
+        self.up_proj = ColumnParallelLinear(*sizes, **options)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, **options)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            hidden = self._activate(self.up_proj(x))
+        else:
+            layers = (self.gate_proj, self.up_proj)
+            gate, up = column_matmul(
+                x,
+                [layer.weight for layer in layers],
+                [layer.bias for layer in layers],
+                mesh=self.up_proj.mesh,
+                sequence_parallel=self.up_proj.sequence_parallel,
+                queue=self.up_proj.weight_gradient_queue,
+            )
+            hidden = self._activate(gate) * up  # [batch, sequence, intermediate / tensor]
+        result: Tensor = self.down_proj(hidden)
+        return result
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return F.silu(x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, number: int, **options: Any) -> None:
+        super().__init__()
+        place = f"layers.{number}"
+        self.input_layernorm = make_norm(config, **options)
+        self.self_attn = ParallelSelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            dropout=config.attention_dropout,
+            place=f"{place}.self_attn",
+            **options,
+        )
+        self.post_attention_layernorm = make_norm(config, **options)
+        self.mlp = MLP(config, **options)
+        self.attention_dropout = ResidualDropout(config, f"{place}.attention_residual", **options)
+        self.mlp_dropout = ResidualDropout(config, f"{place}.mlp_residual", **options)
+
+    def forward(self, x: Tensor, *, rotary: Rotary | None, dropout_key: DropoutKey | None = None) -> Tensor:
+        """x and result: `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]`)."""
+        attended = self.self_attn(self.input_layernorm(x), rotary=rotary, dropout_key=dropout_key)
+        x = x + self.attention_dropout(attended, dropout_key)
+        result: Tensor = x + self.mlp_dropout(self.mlp(self.post_attention_layernorm(x)), dropout_key)
+        return result
+
+
+class ResidualDropout(nn.Module):
+    """Dropout of a residual branch; under sequence parallelism each rank drops in its part of the sequence."""
+
+    def __init__(self, config: ModelConfig, place: str, *, p: float | None = None, **options: Any) -> None:
+        super().__init__()
+        self.mesh: DeviceMesh = options["mesh"]
+        self.sequence_parallel: bool = options["sequence_parallel"]
+        self.dropout = Dropout(config.residual_dropout if p is None else p, place)
+
+    def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
+        if not self.sequence_parallel:
+            return self.dropout(x, key)  # type: ignore[no-any-return]
+        length = x.shape[1]
+        offset, full = self.mesh.get_local_rank() * length, self.mesh.size() * length
+        return self.dropout(x, key, offset=offset, dim=1, full_size=full)  # type: ignore[no-any-return]
+
+
+class DecoderStage(nn.Module):
+    """The blocks `layers` of a decoder, with the embedding on the first stage and norm and head on the last.
+
+    Shapes: the first stage takes tokens `[batch, sequence]`; stages pass `[batch, sequence, hidden]`
+    (`[batch, sequence / tensor, hidden]` with `sequence_parallel`); the last returns logits
+    `[batch, sequence, ceil(vocab / tensor)]`, this rank's part of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[int],
+        *,
+        first: bool = True,
+        last: bool = True,
+        mesh: DeviceMesh,
+        sequence_parallel: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        self.sequence_parallel = sequence_parallel and mesh.size() > 1
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "sequence_parallel": self.sequence_parallel,
+            "device": device,
+            "dtype": dtype,
+        }
+        if first:
+            self._add_embedding(options)
+        self.layers = nn.ModuleDict({str(number): Block(config, number, **options) for number in layers})
+        if last:
+            self.norm = make_norm(config, **options)
+            weight = self.get_parameter("embed_tokens.weight") if first and config.tie_word_embeddings else None
+            self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, weight=weight, **options)
+        self.first, self.last = first, last
+
+    def _add_embedding(self, options: dict[str, Any]) -> None:
+        config = self.config
+        scattered = self.sequence_parallel and config.positions != "learned"
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, **options | {"sequence_parallel": scattered}
+        )
+        if config.positions == "learned":
+            plain = {"device": options["device"], "dtype": options["dtype"]}
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size, **plain)
+        self.embed_dropout = ResidualDropout(config, "embedding", p=config.embedding_dropout, **options)
+
+    def tie(self) -> None:
+        """Make embedding and head of one stage share their weight again, after parameters were materialised."""
+        if self.config.tie_word_embeddings and self.first and self.last:
+            self.lm_head.weight = self.get_parameter("embed_tokens.weight")
+
+    @property
+    def tied_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of this stage that another stage holds too, by a name common to both."""
+        if not self.config.tie_word_embeddings or self.first == self.last:
+            return {}
+        holder = "embed_tokens.weight" if self.first else "lm_head.weight"
+        return {"embed_tokens.weight": self.get_parameter(holder)}
+
+    def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None) -> Tensor:
+        if self.first:
+            x = self._embed(x, dropout_key)
+        rotary = self._rotary(x)
+        for block in self.layers.values():
+            x = block(x, rotary=rotary, dropout_key=dropout_key)
+        if self.last:
+            x = self.lm_head(self.norm(x))
+        return x
+
+    def _embed(self, tokens: Tensor, key: DropoutKey | None) -> Tensor:
+        x: Tensor = self.embed_tokens(tokens)
+        if self.config.positions == "learned":
+            x = x + self.embed_positions.weight[: tokens.shape[1]]
+            if self.sequence_parallel:
+                x = split(x, self.mesh, 1)
+        result: Tensor = self.embed_dropout(x, key)
+        return result
+
+    def _rotary(self, x: Tensor) -> Rotary | None:
+        if self.config.positions != "rotary" or not self.layers:
+            return None
+        length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
+        return rotary_table(length, self.config.head_dim, self.config.rope_theta, device=x.device, dtype=x.dtype)
+
+
+def make_norm(config: ModelConfig, **options: Any) -> nn.Module:
+    """The norm that the config asks for."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.hidden_size, config.norm_eps, **options)
+
+
+def initial_distribution(config: ModelConfig) -> Any:
+    """The rule for `weft.parallel.initialize`: normal weights, those that end a residual branch scaled down.
+
+    Radford et al. 2019, §2.3: by `1 / sqrt(2 · layers)`, so that the sum over the branches keeps its size.
+    """
+
+    def rule(name: str, owner: nn.Module, full_shape: tuple[int, ...]) -> Distribution:
+        if len(full_shape) == 1:
+            return Constant(1.0 if name.endswith("norm.weight") else 0.0)
+        ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return Normal(config.initializer_range / (sqrt(2 * config.num_hidden_layers) if ends_branch else 1.0))
+
+    return rule

@@ -1,0 +1,57 @@
+"""The gradient norm over all axes, each parameter counted once, and clipping by it."""
+
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.parallel.exchange import start_all_reduce
+from weft.parallel.sharding import Sharding, sharded_parameters
+
+
+def counted_parameters(
+    modules: Iterable[nn.Module], tensor: DeviceMesh, elsewhere: Collection[nn.Parameter] = ()
+) -> list[nn.Parameter]:
+    """The parameters whose gradients this rank adds to the norm, so that over all ranks each counts once.
+
+    A shard counts where it lies; of replicas over the `tensor` axis, the first rank's counts. `elsewhere`: parameters
+    that another pipeline stage counts, such as the second copy of a tied embedding.
+    """
+    skipped = {id(parameter) for parameter in elsewhere}
+    return [
+        parameter
+        for module in modules
+        for _, parameter, sharding in sharded_parameters(module)
+        if id(parameter) not in skipped and _counts_here(sharding, tensor)
+    ]
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], axes: Sequence[DeviceMesh]) -> Tensor:
+    """L2 norm of the gradient of the whole model, a float64 scalar, the same on every rank.
+
+    `parameters`: those that this rank counts. `axes`: those over which the model is split (pipeline and tensor).
+    Communication: one all-reduce of one number per axis.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = torch.zeros(1, dtype=torch.float64, device=axes[0].device_type)
+    if gradients:
+        squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    for axis in axes:
+        if axis.size() > 1:
+            squares = start_all_reduce(squares, axis, overwrite=True).wait()
+    return squares.sqrt().squeeze(0)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, largest: float) -> None:
+    """Scale the gradients of all this rank's parameters so that the model's `norm` is at most `largest`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0).to(gradients[0].dtype))
+
+
+def _counts_here(sharding: Sharding | None, tensor: DeviceMesh) -> bool:
+    if sharding is None or sharding.dim is None:
+        return tensor.get_local_rank() == 0
+    return sharding.mesh.get_local_rank() % sharding.replicas == 0
