@@ -1,5 +1,6 @@
 """The two kinds of failure a person sees, and how they are shown: one plain sentence on stderr."""
 
+import signal
 import sys
 
 
@@ -21,6 +22,20 @@ class RunError(WeftError):
     exit_status = 1
 
 
+class StoppedError(WeftError):
+    """A signal ended it.
+
+    Attributes:
+        clean: what was running finished its step and left by itself.
+    """
+
+    def __init__(self, number: signal.Signals, *, clean: bool) -> None:
+        super().__init__(f"Stopped by {number.name}")
+        self.exit_status = 128 + number
+        self.clean = clean
+
+
 def show(error: BaseException) -> None:
     """Print the error's sentence to stderr, without its traceback."""
-    print(str(error) or type(error).__name__, file=sys.stderr, flush=True)
+    sentence = str(error) or type(error).__name__
+    print(sentence if sentence.endswith((".", "?", "!")) else f"{sentence}.", file=sys.stderr, flush=True)

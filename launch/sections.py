@@ -129,7 +129,7 @@ class Settings(Section):
 
     name: Text = Field(description="the run's name; the settings file's own when left out")
     model: Annotated[dict[str, Any], Field(min_length=1)] = Field(
-        description="the model by Hugging Face config names, or {config: path of a config.json}"
+        description="the model by Hugging Face config names, or {config: path of its config.json}"
     )
     parallel: ParallelSettings = Field(default=ParallelSettings(), description="layout over the ranks")
     batch: BatchSettings = Field(default=BatchSettings(), description="sequences per step and per microbatch")

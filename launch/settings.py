@@ -5,6 +5,7 @@
 Imports no torch, so that commands which only read settings start at once.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from weft.launch.errors import UserError
 from weft.launch.layout import check_layout, data_size
-from weft.launch.overrides import apply_overrides, read_yaml_file, write_yaml
+from weft.launch.overrides import apply_overrides, describe, read_yaml_file, write_yaml
 from weft.launch.problems import known_keys, sentences
 from weft.launch.sections import Settings
 
@@ -27,7 +28,26 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         UserError: the file cannot be read, or a key or value is wrong; one sentence for each problem.
     """
     values = {"name": Path(path).stem} | read_yaml_file(Path(path))
-    return build_settings(apply_overrides(values, overrides, list(known_keys(Settings))))
+    values = apply_overrides(values, overrides, list(known_keys(Settings)))
+    model = values.get("model")
+    if isinstance(model, dict) and "config" in model:
+        values["model"] = _model_from_file(model)
+    return build_settings(values)
+
+
+def _model_from_file(model: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that `model.config` points at, with the other keys of `model` in place of its own."""
+    path = model["config"]
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no path"
+        raise UserError(f"model.config is {describe(path)}, which cannot be read: {reason}.") from None
+    except ValueError:
+        raise UserError(f"model.config is {path}, which is not JSON; give a Hugging Face config.json.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.config is {path}, which holds no keys; give a Hugging Face config.json.")
+    return config | {key: value for key, value in model.items() if key != "config"}
 
 
 def build_settings(values: dict[str, Any]) -> Settings:

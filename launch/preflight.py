@@ -1,0 +1,154 @@
+"""Everything that can be known to be wrong before any process starts. Looks only; creates and changes nothing."""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from weft.launch.errors import UserError
+from weft.launch.overrides import describe
+from weft.launch.settings import Settings, check_layout, load_settings
+from weft.launch.world import device_type
+
+# What a run must keep to be the same run; a layout may change between its parts, since it never changes the result.
+_IDENTITY = (
+    "name",
+    "model",
+    "batch.global_size",
+    "train.precision",
+    "train.seed",
+    "train.optimizer",
+    "train.schedule",
+    "corpus",
+)
+
+
+def check_run(settings: Settings, world_size: int) -> None:
+    """Check a run of `world_size` ranks on this machine.
+
+    Raises:
+        UserError: the first thing that would make it fail.
+    """
+    check_layout(settings, world_size)
+    _check_corpus(settings)
+    check_directory("report.directory", settings.report.directory)
+    check_directory("checkpoint.directory", settings.checkpoint.directory)
+    check_same_run(settings)
+    _check_resume(settings)
+    _check_devices(settings, world_size)
+
+
+def check_directory(key: str, directory: str) -> None:
+    """Check that the directory can be written, or made where it does not exist.
+
+    Raises:
+        UserError: names the key, the directory and what stands in the way.
+    """
+    path = Path(directory).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{key} is {directory}, but {existing} is a file; choose another directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{key} is {directory}, but {existing} may not be written to; choose another directory.")
+
+
+def check_same_run(settings: Settings) -> None:
+    """Check that the run in `report.directory`, if there is one, is this one, in this or another layout.
+
+    Raises:
+        UserError: it is another run; names the first key that differs and both values.
+    """
+    config = Path(settings.report.directory) / "config.yaml"
+    if not config.exists():
+        return
+    remedy = f"choose another name or report.directory, or delete {settings.report.directory}."
+    try:
+        earlier = load_settings(config)
+    except UserError:
+        raise UserError(f"report.directory holds {config}, which is not a run of this version; {remedy}") from None
+    before, now = _identity(earlier), _identity(settings)
+    for key in [*before, *(key for key in now if key not in before)]:
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"report.directory is {settings.report.directory}, which holds a run with {key} "
+                f"{describe(before.get(key))} instead of {describe(now.get(key))}; {remedy}"
+            )
+    if earlier.train.steps > settings.train.steps:
+        raise UserError(
+            f"train.steps is {settings.train.steps}, but the run in {settings.report.directory} was made for "
+            f"{earlier.train.steps}; steps may only grow; {remedy}"
+        )
+
+
+def check_port(port: str) -> None:
+    """Check that the rendezvous port that the user chose is a number and free.
+
+    Raises:
+        UserError: it is not; says how to let the system choose.
+    """
+    if not port.isdecimal() or not 0 <= int(port) < 2**16:
+        raise UserError(f"MASTER_PORT is {port!r}, but a port is a number below 65536; unset it to have one chosen.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"MASTER_PORT is {port}, which cannot be used ({error.strerror}); unset it to have a free port chosen."
+            ) from None
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    """What makes a run the run that it is, by dotted key."""
+    values = settings.model_dump(mode="json")
+    flat = dict(_leaves(values))
+    return {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{name}.") for name in _IDENTITY)}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_corpus(settings: Settings) -> None:
+    from weft.launch.corpus import check_corpus
+
+    check_corpus(settings.corpus.path)
+    tokenizer = settings.corpus.tokenizer
+    if tokenizer != "auto" and not Path(tokenizer).is_file():
+        raise UserError(f"corpus.tokenizer is {tokenizer}, but there is no such file; give a tokenizer.json or auto.")
+
+
+def _check_resume(settings: Settings) -> None:
+    resume = settings.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UserError(f"checkpoint.resume is {resume}, but there is no such checkpoint; choose auto, never or one.")
+
+
+def _check_devices(settings: Settings, world_size: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if device_type(settings) == "cpu":
+        if not dist.is_gloo_available():
+            raise UserError("cluster.device is cpu, but this torch has no gloo; install torch with gloo.")
+        return
+    gpus = torch.cuda.device_count()
+    ranks = world_size // settings.cluster.nodes
+    if not gpus:
+        raise UserError(
+            f"cluster.device is {settings.cluster.device}, but this machine has no GPU; choose cpu or auto."
+        )
+    if ranks > gpus:
+        raise UserError(
+            f"{ranks} ranks would run on this machine, but it has {gpus} GPUs; choose a smaller layout, "
+            "more cluster.nodes, or cluster.device=cpu."
+        )
+    if not dist.is_nccl_available():
+        raise UserError(
+            f"cluster.device is {settings.cluster.device}, but this torch has no NCCL; install one with it."
+        )
