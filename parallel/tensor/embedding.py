@@ -1,5 +1,6 @@
 """Embedding and output head with the vocabulary split over ranks (Shoeybi et al. 2019, §3)."""
 
+from math import sqrt
 from typing import Any
 
 import torch
@@ -112,10 +113,9 @@ class VocabParallelHead(nn.Module):
         if self.weight.is_meta:
             return
         sharding = self.shardings["weight"]
-        bound = sharding.full_shape[1] ** -0.5
         full = torch.empty(sharding.full_shape, dtype=self.weight.dtype, device=self.weight.device)
         with torch.no_grad():
-            self.weight.copy_(take_shard(full.uniform_(-bound, bound), sharding))
+            self.weight.copy_(take_shard(nn.init.kaiming_uniform_(full, a=sqrt(5)), sharding))
 
     def forward(self, x: Tensor) -> Tensor:
         (logits,) = column_matmul(

@@ -43,8 +43,12 @@ class ParallelLinear(ShardedModule, nn.Linear):
         for name, sharding in self.shardings.items():
             parameter = self.get_parameter(name)
             full = torch.empty(sharding.full_shape, dtype=parameter.dtype, device=parameter.device)
+            if name == "weight":
+                nn.init.kaiming_uniform_(full, a=sqrt(5))  # as nn.Linear: the same bound, but for its last bit
+            else:
+                full.uniform_(-bound, bound)
             with torch.no_grad():
-                parameter.copy_(take_shard(full.uniform_(-bound, bound), sharding))
+                parameter.copy_(take_shard(full, sharding))
 
     def extra_repr(self) -> str:
         return (
@@ -67,7 +71,8 @@ class ColumnParallelLinear(ParallelLinear):
     `replicas`: that many neighbouring ranks hold the same shard, and their gradients are summed.
 
     Raises:
-        ValueError: `out_features`, or one of its `chunks`, does not divide over the ranks.
+        ValueError: `out_features`, or one of its `chunks`, does not divide over the ranks; chunks or replicas together
+            with `gather_output`.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class ColumnParallelLinear(ParallelLinear):
     ) -> None:
         if chunks and sum(chunks) != out_features:
             raise ValueError(f"chunks {list(chunks)} add up to {sum(chunks)}, not to out_features {out_features}")
+        if gather_output and (chunks or replicas > 1):
+            raise ValueError("gather_output would mix up fused chunks and repeat replicas; gather each part by itself")
         for size in chunks or (out_features,):
             if size % (mesh.size() // replicas):
                 raise ValueError(_does_not_divide("out_features", size, mesh.size() // replicas))
