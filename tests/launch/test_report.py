@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -197,8 +198,8 @@ def test_curve_is_an_svg_of_the_numbers_in_the_page_s_colours() -> None:
     for points in lines.values():
         steps, heights = zip(*points, strict=True)
         assert len(points) == 6
-        assert len({round(b - a, 3) for a, b in zip(steps, steps[1:], strict=False)}) == 1
-        assert all(b > a for a, b in zip(heights, heights[1:], strict=False)), "falling losses go down the page"
+        assert len({round(b - a, 3) for a, b in pairwise(steps)}) == 1
+        assert all(b > a for a, b in pairwise(heights)), "falling losses go down the page"
     assert all(a < b for (_, a), (_, b) in zip(*lines.values(), strict=True)), "held-out is drawn below train here"
     assert draw_loss_curve(metrics) == svg
 
@@ -215,5 +216,6 @@ def test_long_runs_have_light_pages() -> None:
 
 
 def test_importing_the_report_loads_no_drawing_library() -> None:
-    code = "import sys, weft.launch.report\nprint([name for name in ('matplotlib', 'jinja2', 'torch') if name in sys.modules])"
+    check = "print([name for name in ('matplotlib', 'jinja2', 'torch') if name in sys.modules])"
+    code = f"import sys, weft.launch.report\n{check}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
