@@ -15,12 +15,14 @@ from weft.launch.optimizer import build_optimizer, learning_rate
 from weft.launch.sections import Settings
 from weft.model.config import ModelConfig
 from weft.model.decoder import DecoderStage, initial_distribution
+from weft.model.generate import generate
 from weft.model.split import split_layers
 from weft.parallel import (
     DropoutKey,
     GradientBuckets,
     PipelineExecutor,
     PipelineStage,
+    Schedule,
     build_schedule,
     clip_gradients,
     counted_parameters,
@@ -77,7 +79,7 @@ class Engine:
         )
         self.stages = self._build_stages(dtype)
         self.buckets = {stage.index: self._build_buckets(stage) for stage in self.stages}
-        self.executor = self._build_executor()
+        self.executor = self._build_executor(self.schedule)
         self.optimizer = build_optimizer(self.parameters, settings.train.optimizer)
         self._counted = self._count_parameters()
         self._loss_weight = 1.0
@@ -123,6 +125,24 @@ class Engine:
         result = self.executor.evaluate(self._cut(inputs), self._cut(targets))
         return self._over_data(result.loss), self._count_targets(targets)
 
+    def generate(self, prompt: Sequence[int], *, new_tokens: int, temperature: float, top_k: int) -> list[int]:
+        """Go on from a prompt, the same on every rank; see `weft.model.generate`."""
+        self._set_mode(training=False)
+        parallel = self.settings.parallel
+        one = build_schedule(parallel.schedule, self.pipeline.size(), 1, parallel.stages_per_rank)
+        return generate(
+            self._build_executor(one),
+            prompt,
+            new_tokens=new_tokens,
+            vocab_size=self.config.vocab_size,
+            window=self.settings.corpus.sequence_length,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            temperature=temperature,
+            top_k=top_k,
+            seed=self.settings.train.seed,
+        )
+
     def gather_timeline(self, outcome: StepOutcome) -> Timeline:
         """The measured timeline of all ranks of this pipeline. A collective call of the pipeline axis."""
         return self.executor.gather_timeline(outcome.pipeline)
@@ -153,9 +173,9 @@ class Engine:
     def _build_buckets(self, stage: PipelineStage) -> GradientBuckets:
         return GradientBuckets(stage.module.parameters(), self.data, late=stage.shared.values())
 
-    def _build_executor(self) -> PipelineExecutor:
+    def _build_executor(self, schedule: Schedule) -> PipelineExecutor:
         return PipelineExecutor(
-            self.schedule,
+            schedule,
             self.stages,
             self.pipeline,
             self._loss,

@@ -66,6 +66,7 @@ def check_layout(settings: Settings, world_size: int) -> None:
     _check_available(settings)
     count = microbatches(settings, world_size)
     model = _model_config(settings)
+    _check_tensor(settings, model)
     _check_sequence(settings, model)
     _check_split(settings, model)
     _check_schedule(settings, count)
@@ -82,6 +83,15 @@ def _check_available(settings: Settings) -> None:
     for key, (value, supported) in available.items():
         if value != supported:
             raise UserError(f"{key} is {value}; this version supports {supported}.")
+
+
+def _check_tensor(settings: Settings, model: "ModelConfig") -> None:
+    from weft.model.config import check_tensor
+
+    try:
+        check_tensor(model, settings.parallel.tensor)
+    except ValueError as error:
+        raise UserError(f"parallel.tensor is {settings.parallel.tensor}: {error}.") from None
 
 
 def _check_sequence(settings: Settings, model: "ModelConfig") -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from weft.parallel.tensor.divide import check_features, check_heads
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -247,3 +249,13 @@ def _checked(model_type: str, values: dict[str, Any]) -> ModelConfig:
     if config.positions == "rotary" and config.head_dim % 2:
         raise ValueError(f"model.head_dim is {config.head_dim}; rotary positions need an even number")
     return config
+
+
+def check_tensor(config: ModelConfig, ranks: int) -> None:
+    """Check that `ranks` tensor ranks can share the model; its vocabulary always can, padded.
+
+    Raises:
+        ValueError: names the number, the rule and the choices.
+    """
+    check_heads(config.num_attention_heads, config.num_key_value_heads, ranks)
+    check_features("model.intermediate_size", config.intermediate_size, ranks)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.tensor.divide import check_heads
 from weft.parallel.tensor.dropout import Dropout, DropoutKey
 from weft.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from weft.parallel.tensor.matmul import column_matmul
@@ -136,19 +137,3 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, -1)
     return x * cosines + torch.cat((-second, first), -1) * sines
-
-
-def check_heads(num_heads: int, num_kv_heads: int, ranks: int) -> None:
-    """Refuse head counts that `ranks` tensor ranks cannot share.
-
-    Raises:
-        ValueError: names the number, the rule and the choices.
-    """
-    fitting = [n for n in range(1, num_heads + 1) if not num_heads % n and not (num_kv_heads % n and n % num_kv_heads)]
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} attention heads do not divide over {num_kv_heads} key-value heads; change one")
-    if ranks in fitting:
-        return
-    what = f"{num_heads} attention heads" if num_heads % ranks else f"{num_kv_heads} key-value heads"
-    choices = ", ".join(map(str, fitting[:-1])) + (" or " if len(fitting) > 1 else "") + str(fitting[-1])
-    raise ValueError(f"{what} do not divide over tensor {ranks}; choose {choices}")

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 from weft.parallel.collectives import gather, split
 from weft.parallel.deferred import WeightGradientQueue
 from weft.parallel.sharding import Sharding, replicated, take_shard
+from weft.parallel.tensor.divide import check_features
 from weft.parallel.tensor.matmul import column_matmul, row_matmul
 from weft.parallel.tensor.partial import ShardedModule
 
@@ -94,8 +95,7 @@ class ColumnParallelLinear(ParallelLinear):
         if gather_output and (chunks or replicas > 1):
             raise ValueError("gather_output would mix up fused chunks and repeat replicas; gather each part by itself")
         for size in chunks or (out_features,):
-            if size % (mesh.size() // replicas):
-                raise ValueError(_does_not_divide("out_features", size, mesh.size() // replicas))
+            check_features("out_features", size, mesh.size() // replicas)
         shared: dict[str, Any] = {"chunks": chunks, "replicas": replicas, "partial_gradient": replicas > 1}
         weight = Sharding(Shard(0), mesh, (out_features, in_features), **shared)
         bias_sharding = Sharding(Shard(0), mesh, (out_features,), **shared)
@@ -141,8 +141,7 @@ class RowParallelLinear(ParallelLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if in_features % mesh.size():
-            raise ValueError(_does_not_divide("in_features", in_features, mesh.size()))
+        check_features("in_features", in_features, mesh.size())
         weight = Sharding(Shard(1), mesh, (out_features, in_features))
         partial = sequence_parallel and mesh.size() > 1
         bias_sharding = replicated(mesh, (out_features,), partial_gradient=partial)
@@ -161,8 +160,3 @@ class RowParallelLinear(ParallelLinear):
         )
         bias = self.used("bias")
         return y if bias is None else y + bias
-
-
-def _does_not_divide(name: str, size: int, ranks: int) -> str:
-    choices = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= 64)
-    return f"{name} {size} does not divide over {ranks} tensor ranks; choose {choices} ranks or another size"

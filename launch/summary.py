@@ -1,0 +1,84 @@
+"""The end of a run: a sample of text, the report, and the result in a few lines."""
+
+import socket
+from pathlib import Path
+
+import torch.distributed as dist
+
+from weft.launch.metrics import read_metrics
+from weft.launch.report import RankReport, RunReport, Sample, write_report
+from weft.launch.settings import dump_settings
+from weft.launch.trainer import Trainer, held_bytes
+
+PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 120
+
+
+def conclude(trainer: Trainer) -> None:
+    """Generate a sample, write the report and, on rank 0, print the result. A collective call of all ranks."""
+    sample = _sample(trainer)
+    ranks = _gather_ranks(trainer)
+    if dist.get_rank() != 0:
+        return
+    settings, config = trainer.settings, trainer.engine.config
+    mesh = trainer.engine.mesh
+    report = RunReport(
+        name=settings.name,
+        settings=dump_settings(settings),
+        axes={axis: mesh[axis].size() for axis in mesh.mesh_dim_names or ()},
+        ranks=ranks,
+        parameters=config.parameters,
+        trained_tokens=trainer.trained_tokens,
+        seconds=trainer.seconds,
+        tokens=trainer.tokens.info,
+        timeline_svg=_timeline(trainer),
+        sample=sample,
+    )
+    directory = Path(settings.report.directory)
+    path = write_report(directory, report)
+    _print_result(directory, sample, path)
+
+
+def _sample(trainer: Trainer) -> Sample:
+    """Text that goes on from the first held-out words."""
+    prompt = [int(token) for token in trainer.tokens.held_out[:PROMPT_TOKENS]]
+    tokens = trainer.engine.generate(prompt, new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=40)
+    decode = trainer.tokens.tokenizer.decode
+    whole, start = decode(prompt + tokens), decode(prompt)
+    return Sample(prompt=start, text=whole.removeprefix(start))
+
+
+def _gather_ranks(trainer: Trainer) -> list[RankReport]:
+    engine = trainer.engine
+    stages = [f"stage {stage.index}: {_layers(list(stage.module.layers))}" for stage in engine.stages]  # type: ignore[arg-type]
+    own = RankReport(
+        rank=dist.get_rank(),
+        coordinates={axis: engine.mesh[axis].get_local_rank() for axis in engine.mesh.mesh_dim_names or ()},
+        device=f"{socket.gethostname()} {engine.device}",
+        holds=", ".join(stages),
+        memory_bytes=held_bytes(engine.device),
+    )
+    every: list[RankReport | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return [rank for rank in every if rank is not None]
+
+
+def _layers(numbers: list[str]) -> str:
+    if len(numbers) < 2:
+        return f"layer {numbers[0]}" if numbers else "no layer"
+    return f"layers {numbers[0]} to {numbers[-1]}"
+
+
+def _timeline(trainer: Trainer) -> str | None:
+    return None
+
+
+def _print_result(directory: Path, sample: Sample, report: Path) -> None:
+    evaluated = [entry for entry in read_metrics(directory) if entry.held_out_loss is not None]
+    first, last = evaluated[0], evaluated[-1]
+    print(f"\n{sample.prompt}│{sample.text}\n")
+    print(
+        f"held-out loss {first.held_out_loss:.3f} → {last.held_out_loss:.3f} nats per token "
+        f"({first.bits_per_byte:.3f} → {last.bits_per_byte:.3f} bits per byte)"
+    )
+    print(f"report: {report}", flush=True)

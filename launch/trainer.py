@@ -1,0 +1,168 @@
+"""The training loop of one rank: batches in, metrics, checkpoints and held-out losses out."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from weft.launch.batches import Batches, HeldOutBatches
+from weft.launch.checkpoints import Checkpoints, checkpoint_to_resume
+from weft.launch.engine import Engine, StepOutcome
+from weft.launch.flops import flops_per_token, model_tflops, peak_tflops, utilization
+from weft.launch.metrics import StepMetrics
+from weft.launch.sections import Settings
+from weft.launch.signals import StopRequest
+from weft.launch.tokens import TokenisedCorpus
+from weft.parallel.pipeline.timeline import Timeline
+
+
+@dataclass
+class Trainer:
+    """Drives the engine through the steps of a run; every rank has one and does the same.
+
+    `steps` yields the metrics of each finished step, numbered from 1; with step 0 the held-out loss before training.
+    """
+
+    settings: Settings
+    engine: Engine
+    tokens: TokenisedCorpus
+    checkpoints: Checkpoints
+    stop: StopRequest
+    step: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+    timeline: Timeline | None = None
+    _saved: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        length = self.settings.corpus.sequence_length
+        self._batches = Batches(self.tokens.train, length, self.settings.train.seed)
+        self._held_out = HeldOutBatches(self.tokens.held_out, length)
+
+    def resume(self) -> Path | None:
+        """Go on from the checkpoint that the settings name, if there is one."""
+        path = checkpoint_to_resume(self.settings.checkpoint)
+        if path is not None:
+            self.step = self._saved = self.checkpoints.restore(path)["step"]
+        return path
+
+    def steps(self) -> Iterator[StepMetrics]:
+        """Train to the end, or until the job is asked to stop; saves when due and at the end."""
+        if self.step == 0:
+            yield self._with_held_out_loss(StepMetrics(step=0))
+        while self.step < self.settings.train.steps and not self.stopped:
+            metrics = self._train_step()
+            train = self.settings.train
+            last = self.step == train.steps
+            if last or (train.evaluate_every and self.step % train.evaluate_every == 0):
+                metrics = self._with_held_out_loss(metrics)
+            every = self.settings.checkpoint.every
+            if last or self.stopped or (every and self.step % every == 0):
+                self.save()
+            yield metrics
+
+    def save(self) -> None:
+        """Save, unless this step is saved already."""
+        if self._saved != self.step:
+            self.checkpoints.save(self.step, {"settings": self.settings.model_dump(mode="json")})
+            self._saved = self.step
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all steps so far, resumed ones included."""
+        return self.step * self.settings.batch.global_size * self.settings.corpus.sequence_length
+
+    def _train_step(self) -> StepMetrics:
+        start = time.perf_counter()
+        size = self.settings.batch.global_size
+        batch = self._batches.batch(self._own_share(np.arange(self.step * size, (self.step + 1) * size)))
+        outcome = self.engine.step(self.step, batch.inputs, batch.targets)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        self.seconds += seconds
+        memory = self._agree()
+        return self._metrics(outcome, seconds, memory)
+
+    def _agree(self) -> int:
+        """Whether any rank was asked to stop, agreed on by all ranks, and the most memory that a rank holds, in bytes.
+
+        A signal reaches the ranks at different moments; all must leave after the same step.
+        """
+        facts = torch.tensor(
+            [self.stop.requested is not None, held_bytes(self.engine.device)], device=self.engine.device
+        )
+        if dist.get_world_size() > 1:
+            dist.all_reduce(facts, dist.ReduceOp.MAX)
+        self.stopped = bool(facts[0])
+        return int(facts[1])
+
+    def _metrics(self, outcome: StepOutcome, seconds: float, memory: int) -> StepMetrics:
+        mesh = self.engine.mesh
+        bubble = None
+        if mesh["pipeline"].size() > 1 and mesh["data"].get_local_rank() == mesh["tensor"].get_local_rank() == 0:
+            self.timeline = self.engine.gather_timeline(outcome)
+            bubble = self.timeline.bubble
+        speed = self.settings.batch.global_size * self.settings.corpus.sequence_length / seconds
+        rate = self._tflops(speed)
+        device = torch.cuda.get_device_name() if self.engine.device.type == "cuda" else "cpu"
+        return StepMetrics(
+            step=self.step,
+            loss=outcome.loss,
+            grad_norm=outcome.gradient_norm,
+            learning_rate=outcome.learning_rate,
+            step_seconds=seconds,
+            tokens_per_second=speed,
+            tflops=rate,
+            mfu=utilization(rate, peak_tflops(device, self.settings.train.precision)),
+            memory_bytes=memory,
+            bubble=bubble,
+        )
+
+    def _tflops(self, tokens_per_second: float) -> float:
+        config = self.engine.config
+        looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        if config.positions == "learned":
+            looked_up += config.max_position_embeddings * config.hidden_size
+        flops = flops_per_token(
+            parameters=config.parameters - looked_up,
+            layers=config.num_hidden_layers,
+            hidden_size=config.num_attention_heads * config.head_dim,
+            sequence_length=self.settings.corpus.sequence_length,
+        )
+        return model_tflops(tokens_per_second=tokens_per_second, flops_per_token=flops, devices=dist.get_world_size())
+
+    def _with_held_out_loss(self, metrics: StepMetrics) -> StepMetrics:
+        """Evaluate the first `train.evaluate_sequences` held-out windows, each token counted once."""
+        size = self.settings.batch.global_size
+        wanted = min(self.settings.train.evaluate_sequences, self._held_out.windows)
+        total, count = 0.0, 0
+        for first in range(0, wanted, size):
+            windows = np.arange(first, first + size)
+            windows[windows >= wanted] = self._held_out.windows  # windows without a target fill up the batch
+            batch = self._held_out.batch(self._own_share(windows))
+            loss, targets = self.engine.evaluate(batch.inputs, batch.targets)
+            total, count = total + loss, count + targets
+        mean = total / count
+        values: dict[str, Any] = vars(metrics) | {
+            "held_out_loss": mean,
+            "bits_per_byte": self.tokens.bits_per_byte(mean, targets=count),
+        }
+        return StepMetrics(**values)
+
+    def _own_share(self, numbers: np.ndarray) -> np.ndarray:
+        return np.array_split(numbers, self.engine.data.size())[self.engine.data.get_local_rank()]
+
+
+def held_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held so far: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
