@@ -1,5 +1,6 @@
 """`weft COMMAND …`: the command line. Each command is imported when it is called, so that help starts at once."""
 
+import gc
 import os
 import signal
 import sys
@@ -46,7 +47,9 @@ def weft(debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `weft` and exit: 0 when done, 2 for what was asked wrongly, 1 for what failed on the way."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    status = run(sys.argv[1:] if arguments is None else arguments)
+    gc.freeze()  # else the interpreter searches all that is imported for garbage before it ends
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -57,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         return status if isinstance(status, int) else 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
-        return 0
+        return 1
     except (Exception, KeyboardInterrupt) as error:
         if arguments[:1] == ["--debug"]:
             traceback.print_exc()

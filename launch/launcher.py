@@ -63,7 +63,7 @@ def launch(job: Job) -> None:
     logs = job.logs / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True, exist_ok=True)
     _set_rank_environment(job)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it repeats what is said better here
+    _silence_agent()
     agent = _Agent(_worker_spec(job), _RankLogs(logs), shutdown_timeout=STOP_SECONDS)
     try:
         result = agent.run()
@@ -80,6 +80,13 @@ def _set_rank_environment(job: Job) -> None:
     if job.nodes == 1:
         loopback = "lo" if sys.platform == "linux" else "lo0"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # a laptop's own name often resolves to nothing
+
+
+def _silence_agent() -> None:
+    """Keep the agent's own account of stops and failures off the terminal; each of its modules has its own logger."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).disabled = True
 
 
 def _worker_spec(job: Job) -> WorkerSpec:

@@ -1,11 +1,11 @@
 """Whether a layout fits: the world, the batch, the sequence, the layers and the schedule divide as they must."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.launch.errors import UserError
 from weft.launch.sections import Settings
+from weft.parallel.tensor.divide import listed
 
 if TYPE_CHECKING:
     from weft.model.config import ModelConfig
@@ -28,7 +28,7 @@ def data_size(settings: Settings, world_size: int) -> int:
         product = f"pipeline {parallel.pipeline} × context {parallel.context} × tensor {parallel.tensor}"
         raise UserError(
             f"parallel: {product} is {model_ranks(settings)}, which does not divide the world of {world_size} ranks; "
-            f"choose tensor {_listed(_dividing_tensors(settings, world_size))}, or another world size."
+            f"choose {_fitting(settings, world_size)}, or another world size."
         )
     if parallel.data not in ("auto", replicas):
         raise UserError(
@@ -52,7 +52,7 @@ def microbatches(settings: Settings, world_size: int) -> int:
         nearest = [multiple for multiple in (size // share * share, (size // share + 1) * share) if multiple]
         raise UserError(
             f"batch.global_size is {size}, which does not divide by data {replicas} × batch.micro_size "
-            f"{settings.batch.micro_size} = {share}; the nearest sizes that do: {_listed(nearest)}."
+            f"{settings.batch.micro_size} = {share}; the nearest sizes that do: {listed(nearest)}."
         )
     return size // share
 
@@ -111,21 +111,14 @@ def _check_sequence(settings: Settings, model: "ModelConfig") -> None:
 
 
 def _check_split(settings: Settings, model: "ModelConfig") -> None:
+    from weft.model.split import split_layers
+
     parallel = settings.parallel
-    layers = model.num_hidden_layers
     stages = parallel.pipeline * parallel.stages_per_rank
-    if stages > layers:
-        raise UserError(
-            f"parallel: pipeline {parallel.pipeline} × stages_per_rank {parallel.stages_per_rank} is {stages} stages, "
-            f"but the model has {layers} layers (model.num_hidden_layers); choose at most {layers} stages."
-        )
-    if parallel.split == "auto":
-        return
-    if len(parallel.split) != stages or sum(parallel.split) != layers:
-        raise UserError(
-            f"parallel.split is {list(parallel.split)}: {len(parallel.split)} stages with {sum(parallel.split)} "
-            f"layers, but the layout has {stages} stages and the model {layers} layers."
-        )
+    try:
+        split_layers(model, stages, None if parallel.split == "auto" else parallel.split)
+    except ValueError as error:
+        raise UserError(f"parallel.pipeline is {parallel.pipeline}: {error}.") from None
 
 
 def _check_schedule(settings: Settings, count: int) -> None:
@@ -137,7 +130,7 @@ def _check_schedule(settings: Settings, count: int) -> None:
     try:
         build_schedule(parallel.schedule, parallel.pipeline, count, parallel.stages_per_rank)
     except ValueError as error:
-        raise UserError(f"parallel.schedule is {parallel.schedule}: {error}") from None
+        raise UserError(f"parallel.schedule is {parallel.schedule}: {error}.") from None
 
 
 def _model_config(settings: Settings) -> "ModelConfig":
@@ -149,12 +142,8 @@ def _model_config(settings: Settings) -> "ModelConfig":
         raise UserError(str(error)) from None
 
 
-def _dividing_tensors(settings: Settings, world_size: int) -> list[int]:
-    """Tensor sizes with which the other axes of a replica divide the world."""
+def _fitting(settings: Settings, world_size: int) -> str:
+    """The tensor sizes with which the other axes of a replica divide the world."""
     others = model_ranks(settings) // settings.parallel.tensor
-    return [tensor for tensor in range(1, world_size // others + 1) if world_size % (others * tensor) == 0]
-
-
-def _listed(choices: Iterable[int]) -> str:
-    *head, last = map(str, choices)
-    return f"{', '.join(head)} or {last}" if head else last
+    tensors = [tensor for tensor in range(1, world_size // others + 1) if world_size % (others * tensor) == 0]
+    return f"tensor {listed(tensors)}" if tensors else "sizes whose product does"

@@ -34,7 +34,7 @@ class ParallelSettings(Section):
     )
     schedule: Text = Field(default="1f1b", description="pipeline schedule by name, or the path of a table.csv")
     stages_per_rank: AtLeastOne = Field(default=1, description="stages that each pipeline rank holds")
-    split: Literal["auto"] | Annotated[tuple[AtLeastOne, ...], Field(strict=False, min_length=1)] = Field(
+    split: Literal["auto"] | Annotated[tuple[NotNegative, ...], Field(strict=False, min_length=1)] = Field(
         default="auto", description="layers of each stage, first stage first; auto balances their cost"
     )
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=0, description="ZeRO stage over the data axis")

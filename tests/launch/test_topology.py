@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from weft.launch.errors import UserError
 from weft.launch.settings import Settings, build_settings
 from weft.launch.topology import Topology, build_topology
-from weft.launch.topology_command import topology_command
+from weft.launch.cli import weft
 from weft.launch.world import world_size
 
 sizes = st.integers(1, 5)
@@ -102,10 +102,10 @@ def config(tmp_path: Path) -> str:
 
 
 def test_command_lists_every_rank_and_group(config: str) -> None:
-    lines = CliRunner().invoke(topology_command, [config]).output.splitlines()
+    lines = CliRunner().invoke(weft, ["topology", config]).output.splitlines()
     assert lines[0] == "8 ranks = pipeline 2 × data 2 × context 1 × tensor 2, on 1 × 8 devices"
     rows = [line.split() for line in lines]
-    ranks = rows[rows.index("rank node device pipeline data context tensor".split()) + 1 :][:8]
+    ranks = rows[rows.index(["rank", "node", "device", "pipeline", "data", "context", "tensor"]) + 1 :][:8]
     assert [int(row[0]) for row in ranks] == list(range(8))
     assert ranks[5] == ["5", "0", "5", "1", "0", "0", "1"]
     assert ["1", "1", "0", "0", "6", "to", "7"] in rows
@@ -114,17 +114,17 @@ def test_command_lists_every_rank_and_group(config: str) -> None:
 
 def test_command_warns_and_shortens(config: str) -> None:
     overrides = ["cluster.nodes=2048", "cluster.devices_per_node=8", "parallel.tensor=16"]
-    output = CliRunner().invoke(topology_command, [config, *overrides]).output
+    output = CliRunner().invoke(weft, ["topology", config, *overrides]).output
     assert "Warning: 1024 of 1024 tensor groups cross nodes" in output
     assert "the first 64 of 16384 ranks" in output
-    everything = CliRunner().invoke(topology_command, [config, *overrides, "--all"]).output
+    everything = CliRunner().invoke(weft, ["topology", config, *overrides, "--all"]).output
     assert "16368 to 16383" in everything
     assert len(everything.splitlines()) > 16384 + 1024
 
 
 def test_command_imports_no_torch(config: str) -> None:
     code = (
-        "import sys; from weft.launch.topology_command import topology_command as command;"
-        f"command([{config!r}], standalone_mode=False); sys.exit('torch' in sys.modules)"
+        "import sys; from weft.launch.cli import weft as command;"
+        f"run(['topology', {config!r}]); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
