@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FILE = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +53,26 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = directory / FILE
-        _keep_steps_before(file, first_step)
-        self._file = file.open("a", buffering=1, encoding="utf-8")
+        self._steps, self._evaluations = (_open_before(directory / name, first_step) for name in (FILE, EVALUATIONS))
         self._events = _start_events(directory, first_step) if tensorboard else None
 
     def write(self, metrics: StepMetrics) -> None:
-        """Write one step, at once: a line that was written outlives a killed process."""
-        self._file.write(json.dumps(_record(metrics), allow_nan=False) + "\n")
-        self._file.flush()
+        """Write one step, at once: a line that was written outlives a killed process.
+
+        A step with a held-out loss stands in the evaluations too; what was evaluated before any step stands only there.
+        """
+        line = json.dumps(_record(metrics), allow_nan=False) + "\n"
+        if metrics.step > 0:
+            self._steps.write(line)
+        if metrics.held_out_loss is not None:
+            self._evaluations.write(line)
         if self._events is not None:
             self._events = _write_events(self._events, metrics)
 
     def close(self) -> None:
-        """Write out and close both files."""
-        self._file.close()
+        """Write out and close all files."""
+        self._steps.close()
+        self._evaluations.close()
         if self._events is not None:
             _without_failing(self._events.close)
 
@@ -80,8 +86,9 @@ class MetricsWriter:
 
 
 def read_metrics(directory: Path) -> list[StepMetrics]:
-    """The steps of a run so far, in order; an unfinished last line is left out."""
-    return [StepMetrics(**record) for record in _records(directory / FILE)]
+    """The steps of a run so far, in order, after what was evaluated before; an unfinished last line is left out."""
+    before = [record for record in _records(directory / EVALUATIONS) if record["step"] == 0]
+    return [StepMetrics(**record) for record in [*before, *_records(directory / FILE)]]
 
 
 def _record(metrics: StepMetrics) -> dict[str, Any]:
@@ -100,6 +107,12 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             return
+
+
+def _open_before(file: Path, first_step: int) -> TextIO:
+    """The file, without the lines from `first_step` on, ready to be written line by line."""
+    _keep_steps_before(file, first_step)
+    return file.open("a", buffering=1, encoding="utf-8")
 
 
 def _keep_steps_before(file: Path, first_step: int) -> None:

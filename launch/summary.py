@@ -75,10 +75,8 @@ def _timeline(trainer: Trainer) -> str | None:
 
 def _print_result(directory: Path, sample: Sample, report: Path) -> None:
     evaluated = [entry for entry in read_metrics(directory) if entry.held_out_loss is not None]
-    first, last = evaluated[0], evaluated[-1]
     print(f"\n{sample.prompt}│{sample.text}\n")
-    print(
-        f"held-out loss {first.held_out_loss:.3f} → {last.held_out_loss:.3f} nats per token "
-        f"({first.bits_per_byte:.3f} → {last.bits_per_byte:.3f} bits per byte)"
-    )
+    nats = " → ".join(f"{entry.held_out_loss:.3f}" for entry in (evaluated[0], evaluated[-1]))
+    bits = " → ".join(f"{entry.bits_per_byte:.3f}" for entry in (evaluated[0], evaluated[-1]))
+    print(f"held-out loss {nats} nats per token ({bits} bits per byte)")
     print(f"report: {report}", flush=True)

@@ -84,7 +84,7 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
             watch = _Watch(settings, engine, directory, trainer.step)
             stack.enter_context(watch.writer)
             stack.enter_context(watch.progress)
-            watch.greet(resumed)
+            watch.greet(trainer.step, resumed)
         for metrics in trainer.steps():
             if watch is not None:
                 watch.step(metrics)
@@ -116,12 +116,13 @@ class _Watch:
         self.writer = MetricsWriter(directory, first_step=step + 1 if step else 0)
         self.progress = Progress(total_steps=settings.train.steps, device=engine.device.type)
 
-    def greet(self, resumed: Path | None) -> None:
+    def greet(self, step: int, resumed: Path | None) -> None:
         sizes = {axis: self.engine.mesh[axis].size() for axis in self.engine.mesh.mesh_dim_names or ()}
         layout = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one process"
         self.progress.say(f"{self.settings.name}: {self.engine.config.parameters:,} parameters on {layout}")
         if resumed is not None:
-            self.progress.say(f"going on from {resumed}")
+            whole = step >= self.settings.train.steps
+            self.progress.say(f"{'already trained to the end in' if whole else 'going on from'} {resumed}")
 
     def step(self, metrics: StepMetrics) -> None:
         self.writer.write(metrics)

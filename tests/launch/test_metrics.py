@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from weft.launch import flops
-from weft.launch.metrics import FILE, MetricsWriter, StepMetrics, read_metrics
+from weft.launch.metrics import EVALUATIONS, FILE, MetricsWriter, StepMetrics, read_metrics
 
 CONTRACT = {
     *("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "tflops", "mfu", "memory_bytes", "bubble"),
@@ -58,7 +58,7 @@ def test_a_resumed_run_leaves_each_step_once(tmp_path: Path) -> None:
     metrics = read_metrics(tmp_path)
     assert [entry.step for entry in metrics] == list(range(1, 13))
     assert [entry.loss for entry in metrics] == [1.0] * 6 + [2.0] * 6
-    assert [entry.name for entry in tmp_path.iterdir()] == [FILE]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [EVALUATIONS, FILE]
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
@@ -106,3 +106,12 @@ def test_utilization_needs_a_peak() -> None:
     assert flops.utilization(0.1, None) is None
     assert flops.peak_tflops("NVIDIA H200", "bf16") == flops.peak_tflops("h100-sxm", "bf16") == 989.4
     assert flops.peak_tflops("a100-80gb", "fp32") == 19.5
+
+
+def test_what_is_evaluated_before_training_is_no_step(tmp_path: Path) -> None:
+    """Every line of metrics.jsonl has a loss; the evaluation before the first step is read back before them."""
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(StepMetrics(step=0, held_out_loss=7.5))
+        writer.write(StepMetrics(step=1, loss=7.0))
+    assert [json.loads(line)["loss"] for line in (tmp_path / FILE).read_text().splitlines()] == [7.0]
+    assert [(entry.step, entry.held_out_loss) for entry in read_metrics(tmp_path)] == [(0, 7.5), (1, None)]
