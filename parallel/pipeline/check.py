@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, Value, gives, needs, traffic
+from weft.parallel.pipeline.plan import plan_rank
+from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, Value, describe, gives, needs, traffic
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class ScheduleFacts:
 def check_schedule(schedule: Schedule) -> ScheduleFacts:
     """Prove that `schedule` computes everything once, in an order that works, and can never hang.
 
-    The proof holds for sends that block their sender until the receiver has posted the matching receive (rendezvous),
-    where a rank posts the receives of its next action before it runs the present one, each pair of ranks in the order
-    in which the source sends. Buffered sends, which block nobody, can hang only if these can.
+    The proof runs the very plan that the executor follows, with sends that are buffered nowhere: a transfer happens
+    when the receiver has posted it, and the values from one rank to another pass one by one in the order in which they
+    are produced. It assumes, as the executor arranges, a channel of its own for each direction between two ranks.
 
     Raises:
         ScheduleError: names the rank, the action and what it lacks.
@@ -89,35 +90,37 @@ def _incomplete(kinds: str, stage: int, microbatch: int) -> str:
 
 def _check_order(schedule: Schedule) -> None:
     """Run every program as far as its needs allow; whatever is left can never run."""
+    blocks = [schedule.blocks(rank) for rank in range(schedule.ranks)]
     done: set[Value] = set()
-    position = _advance_all(schedule, done)
-    stuck = [rank for rank, program in enumerate(schedule.programs) if position[rank] < len(program)]
-    if not stuck:
-        return
-    for rank in stuck:
-        action, *later = schedule.programs[rank][position[rank] :]
-        for value in needs(action, schedule.stages):
-            giver = next((other for other in later if value in gives(other)), None)
-            if value not in done and giver is not None:
-                raise ScheduleError(f"rank {rank}: {action} comes before {giver}, whose result it needs")
-    raise ScheduleError(_deadlock(schedule, position, stuck, done))
+    position = _advance_all(blocks, schedule.stages, done)
+    waits = []
+    for rank, of_rank in enumerate(blocks):
+        if position[rank] == len(of_rank):
+            continue
+        block, *later = of_rank[position[rank] :]
+        action, value = _first_lack(block, schedule.stages, done) or (block[0], gives(block[0])[0])
+        giver = next((other for other_block in later for other in other_block if value in gives(other)), None)
+        if giver is not None:
+            raise ScheduleError(f"rank {rank}: {action} comes before {giver}, whose result it needs")
+        waits.append(f"rank {rank}: {action} waits for {describe(value)} from rank {schedule.placement[value.stage]}")
+    if waits:
+        raise ScheduleError("deadlock: " + "; ".join(waits))
 
 
-def _advance_all(schedule: Schedule, done: set[Value]) -> list[int]:
+def _advance_all(blocks: list[list[tuple[Action, ...]]], stages: int, done: set[Value]) -> list[int]:
     """Move each rank as far as values allow, visiting a rank again only when what it waited for has come."""
-    position = [0] * schedule.ranks
+    position = [0] * len(blocks)
     waiting: dict[Value, int] = {}
-    ready = list(range(schedule.ranks))
+    ready = list(range(len(blocks)))
     while ready:
         rank = ready.pop()
-        program = schedule.programs[rank]
-        while position[rank] < len(program):
-            action = program[position[rank]]
-            lacking = next((value for value in needs(action, schedule.stages) if value not in done), None)
-            if lacking is not None:
-                waiting[lacking] = rank
+        while position[rank] < len(blocks[rank]):
+            block = blocks[rank][position[rank]]
+            lack = _first_lack(block, stages, done)
+            if lack is not None:
+                waiting[lack[1]] = rank
                 break
-            for value in gives(action):
+            for value in (value for action in block for value in gives(action)):
                 done.add(value)
                 if value in waiting:
                     ready.append(waiting.pop(value))
@@ -125,63 +128,50 @@ def _advance_all(schedule: Schedule, done: set[Value]) -> list[int]:
     return position
 
 
-def _deadlock(schedule: Schedule, position: list[int], stuck: list[int], done: set[Value]) -> str:
-    def wait_of(rank: int) -> str:
-        action = schedule.programs[rank][position[rank]]
-        lacking = next(value for value in needs(action, schedule.stages) if value not in done)
-        return f"rank {rank}: {action} waits for {describe(lacking)} from rank {schedule.placement[lacking.stage]}"
-
-    return "deadlock: " + "; ".join(wait_of(rank) for rank in stuck)
-
-
-def describe(value: Value) -> str:
-    """A value in words, for messages."""
-    what = {"act": "activation", "grad": "gradient", "wgrad": "weight gradient"}[value.name]
-    return f"the {what} of microbatch {value.microbatch} from stage {value.stage}"
+def _first_lack(block: tuple[Action, ...], stages: int, done: set[Value]) -> tuple[Action, Value] | None:
+    """The first action of a block that cannot run, and the value that it lacks."""
+    lacks = ((action, value) for action in block for value in needs(action, stages) if value not in done)
+    return next(lacks, None)
 
 
 def _check_rendezvous(schedule: Schedule) -> None:
-    """Run the programs with sends that block until the receiver, at most one action behind the need, has posted.
+    """Run the plans of all ranks with sends that are buffered nowhere.
 
-    A rank makes two moves per action: move 2i runs action i, move 2i + 1 completes its sends.
+    Each directed pair of ranks is a queue of its own: its k-th transfer happens when the source has produced the k-th
+    value, the destination has posted the k-th receive, and the transfer before has happened. Computation waits for
+    receives, never for sends.
     """
-    awaited = _awaited_moves(schedule)
-    moves = [0] * schedule.ranks
-    blocked_on: dict[int, list[int]] = {}
+    lanes = traffic(schedule)
+    plans = [plan_rank(schedule, rank, lanes).actions for rank in range(schedule.ranks)]
+    place = {(lane, transfer.value): index for lane in lanes for index, transfer in enumerate(lanes[lane])}
+    sent, posted = dict.fromkeys(lanes, 0), dict.fromkeys(lanes, 0)
+    position = [0] * schedule.ranks
+    entered = [-1] * schedule.ranks
     ready = list(range(schedule.ranks))
     while ready:
         rank = ready.pop()
-        while moves[rank] < len(awaited[rank]):
-            held = next((peer for peer, count in awaited[rank][moves[rank]] if moves[peer] < count), None)
-            if held is not None:
-                blocked_on.setdefault(held, []).append(rank)
-                break
-            moves[rank] += 1
-            ready += blocked_on.pop(rank, [])
-    waits = [
-        f"rank {rank} at {schedule.programs[rank][moves[rank] // 2]} waits for rank {peer}"
-        for rank in range(schedule.ranks)
-        if moves[rank] < len(awaited[rank])
-        for peer, count in awaited[rank][moves[rank]]
-        if moves[peer] < count
-    ]
-    if waits:
-        raise ScheduleError("deadlock of sends that wait for their receiver: " + "; ".join(waits))
-
-
-def _awaited_moves(schedule: Schedule) -> list[list[list[tuple[int, int]]]]:
-    """For each rank and move: the (peer, number of moves) that must have been made before.
-
-    A receive is posted one action before the first use of its value, or earlier when a later value of the same pair is
-    needed earlier, because a pair's values are received in the order in which they are sent.
-    """
-    awaited: list[list[list[tuple[int, int]]]] = [
-        [[] for _ in range(2 * len(program))] for program in schedule.programs
-    ]
-    for (source, destination), transfers in traffic(schedule).items():
-        earliest = len(schedule.programs[destination])
-        for transfer in reversed(transfers):
-            earliest = min(earliest, transfer.needed_by)
-            awaited[source][2 * transfer.produced_by + 1].append((destination, 2 * max(0, earliest - 1)))
-            awaited[destination][2 * transfer.needed_by].append((source, 2 * transfer.produced_by + 1))
-    return awaited
+        while position[rank] < len(plans[rank]):
+            planned = plans[rank][position[rank]]
+            if entered[rank] < position[rank]:
+                entered[rank] = position[rank]
+                for peer, count in planned.post:
+                    posted[peer, rank] += count
+            if planned.source is not None and planned.takes is not None:
+                lane = planned.source, rank
+                if place[lane, planned.takes] >= min(sent[lane], posted[lane]):
+                    break
+            for peer in planned.destinations:
+                sent[rank, peer] += 1
+                ready.append(peer)
+            position[rank] += 1
+    for rank, plan in enumerate(plans):
+        if position[rank] < len(plan):
+            raise ScheduleError(
+                f"deadlock: rank {rank}: {plan[position[rank]].action} waits for a transfer from rank "
+                f"{plan[position[rank]].source} that never happens"
+            )
+    for (source, destination), count in posted.items():
+        if count != sent[source, destination]:
+            raise ScheduleError(
+                f"rank {destination} takes {count} of {sent[source, destination]} sends of rank {source}"
+            )

@@ -18,8 +18,8 @@ from weft.parallel.pipeline.run import LossFunction, ProgramRun
 from weft.parallel.pipeline.schedules import forward_only
 from weft.parallel.pipeline.shared import SharedParameters
 from weft.parallel.pipeline.stage import PipelineStage
-from weft.parallel.pipeline.table import Action, Schedule
-from weft.parallel.pipeline.timeline import Box, Timeline
+from weft.parallel.pipeline.table import Action, Schedule, traffic
+from weft.parallel.pipeline.timeline import Timeline
 from weft.parallel.pipeline.transport import LOSS, Shapes, Transport
 
 
@@ -92,9 +92,9 @@ class PipelineExecutor:
         self._transport = Transport(mesh, schedule, device, timeout)
         self._check_stages(len(stages), mesh.size())
         rank = self._transport.rank
-        self._plan = plan_rank(schedule, rank)
+        self._plan = plan_rank(schedule, rank, traffic(schedule))
         self._forward_schedule = forward_only(schedule)
-        self._forward_plan = plan_rank(self._forward_schedule, rank)
+        self._forward_plan = plan_rank(self._forward_schedule, rank, traffic(self._forward_schedule))
         self._last_backwards = self._find_last_backwards(before_last_backward) if before_last_backward else {}
         self._shared = SharedParameters(stages, self._transport)
 
@@ -146,25 +146,26 @@ class PipelineExecutor:
         boxes = result.timeline.boxes
         programs = (self.schedule if len(boxes) == len(self._plan.actions) else self._forward_schedule).programs
         offset = time() - perf_counter()
-        own = torch.zeros(max(map(len, programs)), 2, dtype=torch.float64)
-        own[: len(boxes)] = torch.tensor([(box.start + offset, box.end + offset) for box in boxes], dtype=torch.float64)
+        own = torch.zeros(2, max(map(len, programs)), dtype=torch.float64)
+        own[0, : len(boxes)] = torch.tensor([box.start + offset for box in boxes], dtype=torch.float64)
+        own[1, : len(boxes)] = torch.tensor([box.end + offset for box in boxes], dtype=torch.float64)
         everyone = [torch.zeros_like(own) for _ in programs]
         dist.all_gather(everyone, own, group=self._transport.group)
-        return Timeline(
-            (
-                Box(rank, action, start, end)
-                for rank, (program, times) in enumerate(zip(programs, everyone, strict=True))
-                for action, (start, end) in zip(program, times.tolist(), strict=False)
-            ),
-            self.schedule.ranks,
-        )
+        times = [theirs[:, : len(program)].tolist() for theirs, program in zip(everyone, programs, strict=True)]
+        return Timeline(programs, [starts for starts, _ in times], [ends for _, ends in times])
+
+    def _timeline(self, run: ProgramRun) -> Timeline:
+        def placed(own: list[Any]) -> list[list[Any]]:
+            return [own if rank == self._transport.rank else [] for rank in range(self.schedule.ranks)]
+
+        return Timeline(placed(run.program), placed(run.starts), placed(run.ends))
 
     def _pass(self, given: Given, *, forward: bool) -> StepResult:
         feed = self._make_feed(given, wants_loss=True)
         exchange = _LossExchange(self._transport, self.schedule)
         run = self._execute(feed, forward=forward)
         losses = exchange.finish(run.losses)
-        return StepResult(losses.sum() * self._loss_weight, losses, Timeline(run.boxes, self.schedule.ranks))
+        return StepResult(losses.sum() * self._loss_weight, losses, self._timeline(run))
 
     def _make_feed(self, given: Given, *, wants_loss: bool) -> Feed:
         feed = make_feed(self.schedule, given, split=self._split, rank=self._transport.rank, wants_loss=wants_loss)

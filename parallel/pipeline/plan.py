@@ -1,8 +1,9 @@
 """What one rank does around each action of its program: receives to post, values to take, sends, buffers to free."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from weft.parallel.pipeline.table import Action, Schedule, Transfer, Value, gives, needs, traffic
+from weft.parallel.pipeline.table import Action, Schedule, Transfer, Value, gives, needs
 
 
 @dataclass
@@ -35,9 +36,11 @@ class RankPlan:
     outgoing: list[int]
 
 
-def plan_rank(schedule: Schedule, rank: int) -> RankPlan:
-    """Derive the communication of `rank` from the schedule's dependencies."""
-    lanes = traffic(schedule)
+Lanes = Mapping[tuple[int, int], list[Transfer]]
+
+
+def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
+    """Derive the communication of `rank` from the schedule's dependencies; `lanes` is its `traffic`."""
     program = schedule.programs[rank]
     plan = [Planned(action) for action in program]
     incoming = {source: lane for (source, destination), lane in lanes.items() if destination == rank}

@@ -12,14 +12,13 @@ from weft.parallel.pipeline.payload import Nest, PayloadSpec, put_together, take
 from weft.parallel.pipeline.plan import Planned, RankPlan
 from weft.parallel.pipeline.stage import PipelineStage, Saved, as_leaves
 from weft.parallel.pipeline.table import KINDS, Action, Schedule, Value
-from weft.parallel.pipeline.timeline import Box
 from weft.parallel.pipeline.transport import Inbox, Outbox, Shapes, Transport
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 
 class ProgramRun:
-    """Runs the program of one rank once; afterwards `losses`, `outputs` and `boxes` hold what came of it."""
+    """Runs the program of one rank once; afterwards `losses`, `outputs`, `starts` and `ends` hold what came of it."""
 
     def __init__(
         self,
@@ -36,11 +35,11 @@ class ProgramRun:
     ) -> None:
         self.losses: dict[int, Tensor] = {}
         self.outputs: dict[int, Nest] = {}
-        self.boxes: list[Box] = []
+        self.starts: list[float] = []
+        self.ends: list[float] = []
         self._schedule = schedule
         self._plan = plan
         self._stages = stages
-        self._rank = transport.rank
         self._where = transport.here
         self._shapes = shapes
         self._feed = feed
@@ -53,6 +52,10 @@ class ProgramRun:
         self._handed_over: dict[Value, list[Tensor]] = {}
         self._saved: dict[tuple[int, int], Saved] = {}
         self._weight_work: dict[tuple[int, int], Callable[[], None]] = {}
+
+    @property
+    def program(self) -> list[Action]:
+        return [planned.action for planned in self._plan.actions]
 
     def execute(self) -> None:
         """Run all actions, then wait until everything sent has been taken."""
@@ -68,7 +71,7 @@ class ProgramRun:
         tensors = self._take(planned)
         if action in self._before_last_backward:
             self._before_last_backward[action]()
-        start = perf_counter()
+        self.starts.append(perf_counter())
         try:
             given = self._compute[action.kind](action, tensors)
         except Exception as error:
@@ -77,7 +80,7 @@ class ProgramRun:
                 f"{action.stage} (action {action} of schedule {self._schedule.name})"
             )
             raise
-        self.boxes.append(Box(self._rank, action, start, perf_counter()))
+        self.ends.append(perf_counter())
         if given is not None:
             self._hand_on(planned, *given)
 

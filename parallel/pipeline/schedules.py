@@ -3,7 +3,15 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from weft.parallel.pipeline.table import Action, Schedule, ScheduleError
+from weft.parallel.pipeline.looped import (
+    interleaved,
+    interleaved_zero_bubble,
+    looped_bfs,
+    zero_bubble_h1,
+    zero_bubble_h2,
+)
+from weft.parallel.pipeline.table import Schedule, ScheduleError
+from weft.parallel.pipeline.vee import dualpipe_v, v_half, zero_bubble_v
 
 
 def build_schedule(name: str, ranks: int, microbatches: int, stages_per_rank: int = 1) -> Schedule:
@@ -12,7 +20,8 @@ def build_schedule(name: str, ranks: int, microbatches: int, stages_per_rank: in
     Args:
         ranks: size of the pipeline axis.
         microbatches: microbatches per step; any number of at least 1.
-        stages_per_rank: pieces of the model on each rank. `gpipe` and `1f1b` have one.
+        stages_per_rank: pieces of the model on each rank. `gpipe`, `1f1b`, `zb-h1` and `zb-h2` have one, the V-shaped
+            `zb-v`, `v-half` and `dualpipe-v` have two (1, the default, is taken for 2), the others any number.
 
     Raises:
         ScheduleError: an unknown name, or sizes that the schedule does not have.
@@ -28,31 +37,14 @@ def build_schedule(name: str, ranks: int, microbatches: int, stages_per_rank: in
     return fill(ranks, microbatches, stages_per_rank)
 
 
-def gpipe(ranks: int, microbatches: int, stages_per_rank: int = 1) -> Schedule:
+def gpipe(ranks: int, microbatches: int) -> Schedule:
     """All forwards, then all backwards (Huang et al. 2019, arXiv:1811.06965). Holds every microbatch's activations."""
-    _one_stage_per_rank("gpipe", stages_per_rank)
-    return Schedule(
-        "gpipe",
-        [_actions("F", rank, microbatches) + _actions("B", rank, microbatches) for rank in range(ranks)],
-    )
+    return Schedule("gpipe", looped_bfs(ranks, microbatches, 1).programs)
 
 
-def one_forward_one_backward(ranks: int, microbatches: int, stages_per_rank: int = 1) -> Schedule:
+def one_forward_one_backward(ranks: int, microbatches: int) -> Schedule:
     """1F1B (Narayanan et al. 2019, PipeDream-Flush): gpipe's bubble with at most `ranks - rank` activations held."""
-    _one_stage_per_rank("1f1b", stages_per_rank)
-    programs = []
-    for rank in range(ranks):
-        forwards, backwards = _actions("F", rank, microbatches), _actions("B", rank, microbatches)
-        programs.append(alternate(forwards, backwards, warm_up=ranks - 1 - rank))
-    return Schedule("1f1b", programs)
-
-
-def alternate(forwards: list[Action], backwards: list[Action], *, warm_up: int) -> list[Action]:
-    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are left."""
-    warm_up = min(warm_up, len(forwards))
-    steady = len(forwards) - warm_up
-    pairs = zip(forwards[warm_up:], backwards[:steady], strict=True)
-    return forwards[:warm_up] + [action for pair in pairs for action in pair] + backwards[steady:]
+    return Schedule("1f1b", interleaved(ranks, microbatches, 1).programs)
 
 
 def forward_only(schedule: Schedule) -> Schedule:
@@ -61,16 +53,38 @@ def forward_only(schedule: Schedule) -> Schedule:
     return Schedule(schedule.name, programs, schedule.placement)
 
 
-def _actions(kind: str, stage: int, microbatches: int) -> list[Action]:
-    return [Action(kind, stage, microbatch) for microbatch in range(microbatches)]
+Builder = Callable[[int, int, int], Schedule]
 
 
-def _one_stage_per_rank(name: str, stages_per_rank: int) -> None:
-    if stages_per_rank != 1:
-        raise ScheduleError(f"schedule {name} has one stage per rank, not {stages_per_rank}; choose interleaved")
+def _one_stage(name: str, fill: Callable[[int, int], Schedule], instead: str) -> Builder:
+    def build(ranks: int, microbatches: int, stages_per_rank: int) -> Schedule:
+        if stages_per_rank != 1:
+            raise ScheduleError(f"schedule {name} has one stage per rank, not {stages_per_rank}; choose {instead}")
+        return fill(ranks, microbatches)
+
+    return build
 
 
-BUILDERS: dict[str, Callable[[int, int, int], Schedule]] = {
-    "gpipe": gpipe,
-    "1f1b": one_forward_one_backward,
+def _two_stages(name: str, fill: Callable[[int, int], Schedule]) -> Builder:
+    def build(ranks: int, microbatches: int, stages_per_rank: int) -> Schedule:
+        if stages_per_rank > 2:
+            raise ScheduleError(
+                f"schedule {name} has two stages per rank, not {stages_per_rank}; choose interleaved-zb"
+            )
+        return fill(ranks, microbatches)
+
+    return build
+
+
+BUILDERS: dict[str, Builder] = {
+    "gpipe": _one_stage("gpipe", gpipe, "looped-bfs"),
+    "1f1b": _one_stage("1f1b", one_forward_one_backward, "interleaved"),
+    "interleaved": interleaved,
+    "looped-bfs": looped_bfs,
+    "zb-h1": _one_stage("zb-h1", zero_bubble_h1, "interleaved-zb"),
+    "zb-h2": _one_stage("zb-h2", zero_bubble_h2, "interleaved-zb"),
+    "interleaved-zb": interleaved_zero_bubble,
+    "zb-v": _two_stages("zb-v", zero_bubble_v),
+    "v-half": _two_stages("v-half", v_half),
+    "dualpipe-v": _two_stages("dualpipe-v", dualpipe_v),
 }

@@ -1,26 +1,32 @@
 """Times a schedule without running it: every action starts as early as its rank and its needs allow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from weft.parallel.pipeline.check import describe
-from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, Value, gives, needs
-from weft.parallel.pipeline.timeline import Box, Timeline
+from weft.parallel.pipeline.table import GIVES, NEEDS, Action, Schedule, ScheduleError, Value, describe
+from weft.parallel.pipeline.timeline import Timeline
+
+UNKNOWN = float("inf")
 
 
 @dataclass(frozen=True)
 class ScheduleCosts:
-    """Time of each action kind and of sending one value to another rank, in any one unit.
+    """Time of each kind of action and of sending a value to another rank, in any one unit.
 
-    A whole backward costs its input gradient and its weight gradient together. Each of the three may be one number for
-    all stages or one per stage. `send` is the delay between the end of an action and its value being there for another
-    rank; it overlaps with computation.
+    Attributes:
+        forward: one number for all stages, or one per stage; so are the next two.
+        input_gradient: gradient of a stage's input.
+        weight_gradient: gradient of its weights. A whole backward costs this and the input gradient together.
+        send: from the end of an action until its value is there for another rank; or a function of source and
+            destination rank.
+        overlap: whether a rank computes while it sends. If not, it is held for as long as the send takes.
     """
 
     forward: float | Sequence[float] = 1.0
     input_gradient: float | Sequence[float] = 1.0
     weight_gradient: float | Sequence[float] = 1.0
-    send: float = 0.0
+    send: float | Callable[[int, int], float] = 0.0
+    overlap: bool = True
 
     def of_stages(self, stages: int) -> Mapping[str, Sequence[float]]:
         """Per action kind, the cost on each stage."""
@@ -29,6 +35,11 @@ class ScheduleCosts:
         )
         whole = [i + w for i, w in zip(input_gradient, weight_gradient, strict=True)]
         return {"F": forward, "I": input_gradient, "W": weight_gradient, "B": whole}
+
+    def send_between(self, source: int, destination: int) -> float:
+        if source == destination:
+            return 0.0
+        return self.send(source, destination) if callable(self.send) else self.send
 
 
 def _per_stage(name: str, cost: float | Sequence[float], stages: int) -> list[float]:
@@ -44,41 +55,103 @@ def simulate_schedule(schedule: Schedule, costs: ScheduleCosts | None = None) ->
     Raises:
         ScheduleError: the schedule cannot run to its end; `check_schedule` says why in more detail.
     """
-    costs = costs or ScheduleCosts()
-    cost_of = costs.of_stages(schedule.stages)
-    done: dict[Value, float] = {}
-    boxes: list[list[Box]] = [[] for _ in schedule.programs]
-    waiting: dict[Value, int] = {}
-    ready = list(range(schedule.ranks))
-    while ready:
-        rank = ready.pop()
-        clock = boxes[rank][-1].end if boxes[rank] else 0.0
-        for action in schedule.programs[rank][len(boxes[rank]) :]:
-            start = _earliest_start(action, rank, clock, schedule, done, costs.send)
-            if isinstance(start, Value):
-                waiting[start] = rank
+    return _Simulation(schedule, costs or ScheduleCosts()).run()
+
+
+class _Simulation:
+    """Ranks run until they lack a value, and are woken by whoever gives it."""
+
+    def __init__(self, schedule: Schedule, costs: ScheduleCosts) -> None:
+        self._schedule = schedule
+        self._costs = costs.of_stages(schedule.stages)
+        self._blocks = [schedule.blocks(rank) for rank in range(schedule.ranks)]
+        self._starts: list[list[float]] = [[] for _ in schedule.programs]
+        self._ends: list[list[float]] = [[] for _ in schedule.programs]
+        self._next = [0] * schedule.ranks
+        self._clocks = [0.0] * schedule.ranks
+        self._waiting: dict[tuple[str, int, int], int] = {}
+        count = schedule.microbatches
+        # When each value exists; a ring of one stage more, so that index -1 and index `stages` are always there.
+        self._known = {name: [[UNKNOWN] * count for _ in schedule.placement] for name in ("act", "grad", "wgrad")}
+        for name in self._known:
+            self._known[name].append([0.0] * count)
+        self._delays = self._needed_delays(costs)
+        self._held = self._held_by_sends(costs)
+
+    def run(self) -> Timeline:
+        ready = list(range(self._schedule.ranks))
+        while ready:
+            self._advance(ready.pop(), ready)
+        for rank, blocks in enumerate(self._blocks):
+            if self._next[rank] < len(blocks):
+                action, value = self._lacking(blocks[self._next[rank]])
+                raise ScheduleError(f"deadlock: rank {rank}: {action} waits for {describe(value)}")
+        return Timeline(self._schedule.programs, self._starts, self._ends)
+
+    def _advance(self, rank: int, ready: list[int]) -> None:
+        blocks, starts, ends, known = self._blocks[rank], self._starts[rank], self._ends[rank], self._known
+        clock = self._clocks[rank]
+        for block in blocks[self._next[rank] :]:
+            start = clock
+            for kind, stage, microbatch in block:
+                for name, distance, delay in self._delays[kind][stage]:
+                    time = known[name][stage + distance][microbatch] + delay
+                    if time > start:
+                        start = time
+            if start == UNKNOWN:
+                _, value = self._lacking(block)
+                self._waiting[value] = rank
                 break
-            clock = start + cost_of[action.kind][action.stage]
-            boxes[rank].append(Box(rank, action, start, clock))
-            for value in gives(action):
-                done[value] = clock
-                if value in waiting:
-                    ready.append(waiting.pop(value))
-    for rank, program in enumerate(schedule.programs):
-        if len(boxes[rank]) < len(program):
-            lacking = next(v for v in needs(program[len(boxes[rank])], schedule.stages) if v not in done)
-            raise ScheduleError(f"deadlock: rank {rank}: {program[len(boxes[rank])]} waits for {describe(lacking)}")
-    return Timeline((box for of_rank in boxes for box in of_rank), schedule.ranks)
+            clock = start
+            for kind, stage, _ in block:
+                starts.append(clock)
+                clock += self._costs[kind][stage]
+                ends.append(clock)
+            for kind, stage, microbatch in block:
+                for name in GIVES[kind]:
+                    known[name][stage][microbatch] = clock
+                    if self._waiting and (name, stage, microbatch) in self._waiting:
+                        ready.append(self._waiting.pop((name, stage, microbatch)))
+            for kind, stage, _ in block:
+                clock += self._held[kind][stage]
+            self._next[rank] += 1
+        self._clocks[rank] = clock
 
+    def _needed_delays(self, costs: ScheduleCosts) -> dict[str, list[list[tuple[str, int, float]]]]:
+        """Per kind and stage: the values needed, by name and distance, and how long they take to arrive."""
+        place = self._schedule.placement
+        return {
+            kind: [
+                [
+                    (name, distance, costs.send_between(place[stage + distance], rank))
+                    for name, distance in needed
+                    if 0 <= stage + distance < len(place)
+                ]
+                for stage, rank in enumerate(place)
+            ]
+            for kind, needed in NEEDS.items()
+        }
 
-def _earliest_start(
-    action: Action, rank: int, clock: float, schedule: Schedule, done: Mapping[Value, float], send: float
-) -> float | Value:
-    """When `action` can start on a rank that is free at `clock`, or the value that it still lacks."""
-    start = clock
-    for value in needs(action, schedule.stages):
-        end = done.get(value)
-        if end is None:
-            return value
-        start = max(start, end if schedule.placement[value.stage] == rank else end + send)
-    return start
+    def _held_by_sends(self, costs: ScheduleCosts) -> dict[str, list[float]]:
+        """Per kind and stage: how long the sends after it hold the rank."""
+        held = {kind: [0.0] * self._schedule.stages for kind in GIVES}
+        if costs.overlap:
+            return held
+        for kind, names in GIVES.items():
+            for user in ("F", "B"):
+                for name, distance in NEEDS[user]:
+                    if name in names and distance:
+                        for stage, rank in enumerate(self._schedule.placement):
+                            if 0 <= stage - distance < self._schedule.stages:
+                                held[kind][stage] += costs.send_between(
+                                    rank, self._schedule.placement[stage - distance]
+                                )
+        return held
+
+    def _lacking(self, block: tuple[Action, ...]) -> tuple[Action, Value]:
+        return next(
+            (action, Value(name, action.stage + distance, action.microbatch))
+            for action in block
+            for name, distance, _ in self._delays[action.kind][action.stage]
+            if self._known[name][action.stage + distance][action.microbatch] == UNKNOWN
+        )

@@ -7,7 +7,7 @@ remains when every action waits for the values that it needs. Checker, simulator
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -48,27 +48,35 @@ class Value(NamedTuple):
     microbatch: int
 
 
-def gives(action: Action) -> tuple[Value, ...]:
+def describe(value: Value) -> str:
+    """A value in words, for messages."""
+    what = {"act": "activation", "grad": "gradient", "wgrad": "weight gradient"}[value.name]
+    return f"the {what} of microbatch {value.microbatch} from stage {value.stage}"
+
+
+# The dependencies of a pipeline: the values that an action of each kind gives, and those that it needs, with the
+# distance of the stage that gives them. Values of stages below the first and above the last do not exist.
+GIVES = {"F": ("act",), "B": ("grad", "wgrad"), "I": ("grad",), "W": ("wgrad",)}
+NEEDS = {
+    "F": (("act", -1),),
+    "B": (("act", 0), ("grad", 1)),
+    "I": (("act", 0), ("grad", 1)),
+    "W": (("act", 0), ("grad", 0)),
+}
+
+
+def gives(action: Action) -> list[Value]:
     """The values that exist once `action` has run."""
-    kind, stage, microbatch = action
-    if kind == "F":
-        return (Value("act", stage, microbatch),)
-    if kind == "I":
-        return (Value("grad", stage, microbatch),)
-    if kind == "W":
-        return (Value("wgrad", stage, microbatch),)
-    return Value("grad", stage, microbatch), Value("wgrad", stage, microbatch)
+    return [Value(name, action.stage, action.microbatch) for name in GIVES[action.kind]]
 
 
-def needs(action: Action, stages: int) -> tuple[Value, ...]:
+def needs(action: Action, stages: int) -> list[Value]:
     """The values that must exist before `action` can run, in a pipeline of `stages` stages."""
-    kind, stage, microbatch = action
-    if kind == "F":
-        return (Value("act", stage - 1, microbatch),) if stage > 0 else ()
-    own = Value("act", stage, microbatch)
-    if kind == "W":
-        return own, Value("grad", stage, microbatch)
-    return (own, Value("grad", stage + 1, microbatch)) if stage < stages - 1 else (own,)
+    return [
+        Value(name, action.stage + distance, action.microbatch)
+        for name, distance in NEEDS[action.kind]
+        if 0 <= action.stage + distance < stages
+    ]
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ class Schedule:
         name: for messages and captions.
         programs: one list of actions per rank; to be read, not changed.
         placement: the rank of each stage; derived from the programs when not given.
+        overlapped: forwards that run interleaved with the backward after them, as one block: it starts when both can
+            and gives what both give at its end. Who runs the two one after the other does no harm.
 
     Raises:
         ScheduleError: a stage without an action or on two ranks, and no placement given that settles it.
@@ -86,7 +96,8 @@ class Schedule:
 
     name: str
     programs: list[list[Action]]
-    placement: tuple[int, ...] = field(default=())
+    placement: tuple[int, ...] = ()
+    overlapped: frozenset[Action] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "programs", [list(program) for program in self.programs])
@@ -107,6 +118,19 @@ class Schedule:
     @cached_property
     def forward_only(self) -> bool:
         return all(action.kind == "F" for program in self.programs for action in program)
+
+    def blocks(self, rank: int) -> list[tuple[Action, ...]]:
+        """The program of `rank` as blocks that start and end together: single actions, and overlapped pairs."""
+        program = self.programs[rank]
+        if not self.overlapped:
+            return [(action,) for action in program]
+        blocks: list[tuple[Action, ...]] = []
+        for action in program:
+            if blocks and len(blocks[-1]) == 1 and blocks[-1][0] in self.overlapped:
+                blocks[-1] += (action,)
+            else:
+                blocks.append((action,))
+        return blocks
 
     def rank_of(self, stage: int) -> int:
         return self.placement[stage]
