@@ -71,6 +71,7 @@ def launch(job: Job) -> None:
         raise StoppedError(error.sigval, clean=agent.exited_cleanly()) from None
     finally:
         agent.kill()
+        _show_cursor()
     if result.is_failed():
         raise explain(result.failures, stopped=agent.killed, logs=logs)
 
@@ -87,6 +88,12 @@ def _silence_agent() -> None:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).disabled = True
+
+
+def _show_cursor() -> None:
+    """A progress bar hides the cursor, and a rank that was killed cannot bring it back."""
+    if sys.stdout.isatty():
+        print("\x1b[?25h", end="", flush=True)
 
 
 def _worker_spec(job: Job) -> WorkerSpec:
