@@ -90,7 +90,7 @@ def _incomplete(kinds: str, stage: int, microbatch: int) -> str:
 
 def _check_order(schedule: Schedule) -> None:
     """Run every program as far as its needs allow; whatever is left can never run."""
-    blocks = [schedule.blocks(rank) for rank in range(schedule.ranks)]
+    blocks = [list(schedule.blocks(rank)) for rank in range(schedule.ranks)]
     done: set[Value] = set()
     position = _advance_all(blocks, schedule.stages, done)
     waits = []

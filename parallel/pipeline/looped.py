@@ -41,7 +41,7 @@ def zero_bubble_h2(ranks: int, microbatches: int) -> Schedule:
 
 
 def interleaved_zero_bubble(ranks: int, microbatches: int, stages_per_rank: int) -> Schedule:
-    """Interleaved, with split backward: idle for ranks - 1 of the actions, with the activations of 1F1B's first rank."""
+    """Interleaved with split backward: idle for ranks - 1 of the actions, with no more activations than 1F1B."""
     order = _alternating("interleaved-zb", ranks, microbatches, stages_per_rank, slope=1)
     return split_backward(order, name="interleaved-zb", limit=stages_per_rank * ranks)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from weft.parallel.pipeline.table import GIVES, NEEDS, Action, Schedule, ScheduleError, Value, describe
+from weft.parallel.pipeline.table import GIVES, NEEDS, Schedule, ScheduleError
 from weft.parallel.pipeline.timeline import Timeline
 
 UNKNOWN = float("inf")
@@ -58,100 +58,96 @@ def simulate_schedule(schedule: Schedule, costs: ScheduleCosts | None = None) ->
     return _Simulation(schedule, costs or ScheduleCosts()).run()
 
 
+class _Slots:
+    """When one value of one stage exists, per microbatch, and the rank that waits for it."""
+
+    def __init__(self, microbatches: int) -> None:
+        self.times = [UNKNOWN] * microbatches
+        self.waiting: list[int | None] = [None] * microbatches
+
+
 class _Simulation:
-    """Ranks run until they lack a value, and are woken by whoever gives it."""
+    """Ranks run until they lack a value, and are woken by whoever gives it.
+
+    Values are kept in lists by name, stage and microbatch, and the table of needs is spelled out per stage beforehand:
+    a pipeline of a thousand ranks and thousands of microbatches has tens of millions of values.
+    """
 
     def __init__(self, schedule: Schedule, costs: ScheduleCosts) -> None:
         self._schedule = schedule
-        self._costs = costs.of_stages(schedule.stages)
+        self._costs = costs
+        self._action_costs = costs.of_stages(schedule.stages)
+        names = {name for needed in NEEDS.values() for name, _ in needed}
+        self._slots = {name: [_Slots(schedule.microbatches) for _ in schedule.placement] for name in names}
+        self._needed = {kind: [self._needed_by(kind, s) for s in range(schedule.stages)] for kind in NEEDS}
+        self._given = {kind: [self._given_by(kind, s) for s in range(schedule.stages)] for kind in GIVES}
+        self._sending = {kind: [self._sending_after(kind, s) for s in range(schedule.stages)] for kind in GIVES}
         self._blocks = [schedule.blocks(rank) for rank in range(schedule.ranks)]
+        self._current = [next(blocks, None) for blocks in self._blocks]
+        self._clocks = [0.0] * schedule.ranks
         self._starts: list[list[float]] = [[] for _ in schedule.programs]
         self._ends: list[list[float]] = [[] for _ in schedule.programs]
-        self._next = [0] * schedule.ranks
-        self._clocks = [0.0] * schedule.ranks
-        self._waiting: dict[tuple[str, int, int], int] = {}
-        count = schedule.microbatches
-        # When each value exists; a ring of one stage more, so that index -1 and index `stages` are always there.
-        self._known = {name: [[UNKNOWN] * count for _ in schedule.placement] for name in ("act", "grad", "wgrad")}
-        for name in self._known:
-            self._known[name].append([0.0] * count)
-        self._delays = self._needed_delays(costs)
-        self._held = self._held_by_sends(costs)
 
     def run(self) -> Timeline:
         ready = list(range(self._schedule.ranks))
         while ready:
             self._advance(ready.pop(), ready)
-        for rank, blocks in enumerate(self._blocks):
-            if self._next[rank] < len(blocks):
-                action, value = self._lacking(blocks[self._next[rank]])
-                raise ScheduleError(f"deadlock: rank {rank}: {action} waits for {describe(value)}")
+        for rank, block in enumerate(self._current):
+            if block is not None:
+                raise ScheduleError(f"deadlock: rank {rank} waits at {block[0]} for ever")
         return Timeline(self._schedule.programs, self._starts, self._ends)
 
     def _advance(self, rank: int, ready: list[int]) -> None:
-        blocks, starts, ends, known = self._blocks[rank], self._starts[rank], self._ends[rank], self._known
+        block = self._current[rank]
         clock = self._clocks[rank]
-        for block in blocks[self._next[rank] :]:
+        starts, ends = self._starts[rank], self._ends[rank]
+        while block is not None:
             start = clock
             for kind, stage, microbatch in block:
-                for name, distance, delay in self._delays[kind][stage]:
-                    time = known[name][stage + distance][microbatch] + delay
+                for slots, delay in self._needed[kind][stage]:
+                    time = slots.times[microbatch] + delay
                     if time > start:
+                        if time == UNKNOWN:
+                            slots.waiting[microbatch] = rank
+                            self._current[rank], self._clocks[rank] = block, clock
+                            return
                         start = time
-            if start == UNKNOWN:
-                _, value = self._lacking(block)
-                self._waiting[value] = rank
-                break
             clock = start
             for kind, stage, _ in block:
                 starts.append(clock)
-                clock += self._costs[kind][stage]
+                clock += self._action_costs[kind][stage]
                 ends.append(clock)
+            end = clock
             for kind, stage, microbatch in block:
-                for name in GIVES[kind]:
-                    known[name][stage][microbatch] = clock
-                    if self._waiting and (name, stage, microbatch) in self._waiting:
-                        ready.append(self._waiting.pop((name, stage, microbatch)))
-            for kind, stage, _ in block:
-                clock += self._held[kind][stage]
-            self._next[rank] += 1
-        self._clocks[rank] = clock
+                for slots in self._given[kind][stage]:
+                    slots.times[microbatch] = end
+                    if (waiting := slots.waiting[microbatch]) is not None:
+                        ready.append(waiting)
+                clock += self._sending[kind][stage]
+            block = next(self._blocks[rank], None)
+        self._current[rank] = None
 
-    def _needed_delays(self, costs: ScheduleCosts) -> dict[str, list[list[tuple[str, int, float]]]]:
-        """Per kind and stage: the values needed, by name and distance, and how long they take to arrive."""
+    def _needed_by(self, kind: str, stage: int) -> list[tuple[_Slots, float]]:
+        """The values that an action needs, and how long they take to arrive."""
         place = self._schedule.placement
-        return {
-            kind: [
-                [
-                    (name, distance, costs.send_between(place[stage + distance], rank))
-                    for name, distance in needed
-                    if 0 <= stage + distance < len(place)
-                ]
-                for stage, rank in enumerate(place)
-            ]
-            for kind, needed in NEEDS.items()
+        return [
+            (self._slots[name][stage + distance], self._costs.send_between(place[stage + distance], place[stage]))
+            for name, distance in NEEDS[kind]
+            if 0 <= stage + distance < len(place)
+        ]
+
+    def _given_by(self, kind: str, stage: int) -> list[_Slots]:
+        return [self._slots[name][stage] for name in GIVES[kind] if name in self._slots]
+
+    def _sending_after(self, kind: str, stage: int) -> float:
+        """How long the sends after an action hold its rank."""
+        if self._costs.overlap:
+            return 0.0
+        place = self._schedule.placement
+        users = {
+            (name, stage - distance)
+            for needed in NEEDS.values()
+            for name, distance in needed
+            if name in GIVES[kind] and 0 <= stage - distance < len(place)
         }
-
-    def _held_by_sends(self, costs: ScheduleCosts) -> dict[str, list[float]]:
-        """Per kind and stage: how long the sends after it hold the rank."""
-        held = {kind: [0.0] * self._schedule.stages for kind in GIVES}
-        if costs.overlap:
-            return held
-        for kind, names in GIVES.items():
-            for user in ("F", "B"):
-                for name, distance in NEEDS[user]:
-                    if name in names and distance:
-                        for stage, rank in enumerate(self._schedule.placement):
-                            if 0 <= stage - distance < self._schedule.stages:
-                                held[kind][stage] += costs.send_between(
-                                    rank, self._schedule.placement[stage - distance]
-                                )
-        return held
-
-    def _lacking(self, block: tuple[Action, ...]) -> tuple[Action, Value]:
-        return next(
-            (action, Value(name, action.stage + distance, action.microbatch))
-            for action in block
-            for name, distance, _ in self._delays[action.kind][action.stage]
-            if self._known[name][action.stage + distance][action.microbatch] == UNKNOWN
-        )
+        return sum(self._costs.send_between(place[stage], place[user]) for _, user in users)

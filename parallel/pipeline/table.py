@@ -6,9 +6,10 @@ remains when every action waits for the values that it needs. Checker, simulator
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
@@ -119,18 +120,14 @@ class Schedule:
     def forward_only(self) -> bool:
         return all(action.kind == "F" for program in self.programs for action in program)
 
-    def blocks(self, rank: int) -> list[tuple[Action, ...]]:
+    def blocks(self, rank: int) -> Iterator[tuple[Action, ...]]:
         """The program of `rank` as blocks that start and end together: single actions, and overlapped pairs."""
-        program = self.programs[rank]
-        if not self.overlapped:
-            return [(action,) for action in program]
-        blocks: list[tuple[Action, ...]] = []
-        for action in program:
-            if blocks and len(blocks[-1]) == 1 and blocks[-1][0] in self.overlapped:
-                blocks[-1] += (action,)
+        actions = iter(self.programs[rank])
+        for action in actions:
+            if action in self.overlapped:
+                yield (action, *islice(actions, 1))
             else:
-                blocks.append((action,))
-        return blocks
+                yield (action,)
 
     def rank_of(self, stage: int) -> int:
         return self.placement[stage]
