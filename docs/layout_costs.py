@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from weft.launch.errors import UserError
 from weft.launch.layout import data_size, microbatches
 from weft.launch.settings import Settings, load_settings
 from weft.launch.world import world_size
@@ -46,6 +47,8 @@ class Layout:
 def layout_of(settings: Settings, world: int) -> Layout:
     """The layout that the settings describe in a world of that many ranks."""
     parallel = settings.parallel
+    if parallel.stages_per_rank > 1:
+        raise UserError(f"parallel.stages_per_rank is {parallel.stages_per_rank}; these formulas are for 1.")
     return Layout(
         config=model_config(settings.model),
         pipeline=parallel.pipeline,

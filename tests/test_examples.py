@@ -26,15 +26,7 @@ def run(command: str) -> str:
     directory = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONUNBUFFERED"] = "1"
-    finished = subprocess.run(
-        command.split(),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
+    finished = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
