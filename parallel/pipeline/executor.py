@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter, time
 from typing import Any, Literal
 
@@ -95,7 +96,7 @@ class PipelineExecutor:
         self._plan = plan_rank(schedule, rank, traffic(schedule))
         self._forward_schedule = forward_only(schedule)
         self._forward_plan = plan_rank(self._forward_schedule, rank, traffic(self._forward_schedule))
-        self._last_backwards = self._find_last_backwards(before_last_backward) if before_last_backward else {}
+        self._last_backwards = self._find_last_backwards(before_last_backward)
         self._shared = SharedParameters(stages, self._transport)
 
     def step(
@@ -203,13 +204,16 @@ class PipelineExecutor:
                 f"{self.schedule.name} places {wanted} on it"
             )
 
-    def _find_last_backwards(self, callback: Callable[[int], None]) -> dict[Action, Callable[[], None]]:
+    def _find_last_backwards(self, callback: Callable[[int], None] | None) -> dict[Action, Callable[[], None]]:
+        """The last action that produces gradients of each stage; a W does so only where layers can defer."""
+        split = {planned.action.stage for planned in self._plan.actions if planned.action.kind == "W"}
+        deferring = {index for index in split if self._stages[index].defer_weight_gradients()}
         last: dict[int, Action] = {}
         for planned in self._plan.actions:
             action = planned.action
-            if action.kind in ("BW" if self._stages[action.stage].defers_weight_gradients else "BI"):
+            if action.kind in ("BW" if action.stage in deferring else "BI"):
                 last[action.stage] = action
-        return {action: lambda stage=stage: callback(stage) for stage, action in last.items()}  # type: ignore[misc]
+        return {action: partial(callback, stage) for stage, action in last.items()} if callback else {}
 
 
 class _LossExchange:

@@ -34,15 +34,18 @@ class PipelineStage:
             key: module.get_parameter(parameter) if isinstance(parameter, str) else parameter
             for key, parameter in (shared or {}).items()
         }
-        self._queue = WeightGradientQueue()
-        self._deferring = [part for part in module.modules() if hasattr(part, "weight_gradient_queue")]
-        for part in self._deferring:
-            part.weight_gradient_queue = self._queue  # type: ignore[assignment]
+        self._queue: WeightGradientQueue | None = None
 
-    @property
-    def defers_weight_gradients(self) -> bool:
-        """Whether any of the weight gradients can be left for later."""
-        return bool(self._deferring)
+    def defer_weight_gradients(self) -> bool:
+        """Let the layers that can leave their weight gradients for later do so; returns whether there are any.
+
+        Called when a schedule splits this stage's backward: without a split, layers take their faster way.
+        """
+        self._queue = WeightGradientQueue()
+        deferring = [part for part in self.module.modules() if hasattr(part, "weight_gradient_queue")]
+        for part in deferring:
+            part.weight_gradient_queue = self._queue  # type: ignore[assignment]
+        return bool(deferring)
 
     def forward(self, payload: Nest, keywords: Mapping[str, Any]) -> Nest:
         return self.module(*as_arguments(payload), **keywords)
@@ -56,6 +59,7 @@ class PipelineStage:
 
         Parameters outside the layers that can defer have their gradients added at once.
         """
+        assert self._queue is not None, "the stage was not told that its backward is split"
         with self._queue.record():
             saved.backward(gradients)
         return self._queue.take()
