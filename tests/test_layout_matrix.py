@@ -130,10 +130,10 @@ class Outcome:
 
 
 def run_layouts(cases: list[Case]) -> list[Outcome]:
-    outcomes = []
+    """Train each of `cases`, all of one layout, on this rank."""
+    layout, outcomes = cases[0].layout, []
+    mesh = build_mesh(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
     for case in cases:
-        layout = case.layout
-        mesh = build_mesh(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
         engine = Engine(model_config(case.config()), case.settings(), mesh, dtype=getattr(torch, case.dtype))
         initial = gather_weights(engine)
         share, replica = case.global_size // layout.data, mesh["data"].get_local_rank()
@@ -217,7 +217,8 @@ SPLITS = {1: ["auto"], 2: ["auto", (1, 3), (3, 1)], 3: ["auto", (1, 2, 1), (1, 1
 
 def cases_of(layout: Layout) -> list[Case]:
     """Family × tied × schedule × sequence parallelism, as far as they make a difference; the rest takes turns."""
-    microbatches, splits = cycle((1, 3, 8)), cycle(SPLITS[layout.pipeline])
+    microbatches = cycle((1, 3) if layout.tensor > 2 else (1, 3, 8))  # four busy ranks on two cores are slow
+    splits = cycle(SPLITS[layout.pipeline])
     kv_heads = cycle((12, 1, 3) if layout.tensor == 3 else (1, 2, 12, 4))
     dtypes = cycle(("float64", "float64", "float32"))
     return [
@@ -270,7 +271,7 @@ def test_all_three_axes_at_once(pool: Pool) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_fewer_key_value_heads_than_ranks(pool: Pool, kv_heads: int, sequence_parallel: bool) -> None:
     case = Case(Layout(tensor=4), kv_heads=kv_heads, sequence_parallel=sequence_parallel)
-    check(pool, [case, replace(case, tied=True, dtype="float32", microbatches=8)])
+    check(pool, [case, replace(case, tied=True, dtype="float32", microbatches=1)])
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 8])
@@ -282,7 +283,7 @@ def test_fewer_microbatches_than_stages_and_no_multiple(pool: Pool, schedule: st
 @pytest.mark.parametrize("vocabulary", [60, 61, 3])
 def test_vocabularies_that_divide_and_that_do_not(pool: Pool, vocabulary: int) -> None:
     """With 3 tokens on 4 ranks, one rank holds padding alone."""
-    case = Case(Layout(tensor=4), vocabulary=vocabulary, sequence_parallel=True)
+    case = Case(Layout(tensor=4), vocabulary=vocabulary, sequence_parallel=True, microbatches=1)
     check(pool, [case, replace(case, tied=True), replace(case, family="gpt2")])
 
 

@@ -254,9 +254,9 @@ def refused(kind: str, sizes: tuple[int, int], options: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("kind", "sizes", "options", "message"),
     [
-        ("column", (8, 6), {}, "out_features 6 does not divide over 4 tensor ranks; choose 1, 2, 3, 6 ranks"),
-        ("row", (6, 8), {}, "in_features 6 does not divide over 4 tensor ranks; choose 1, 2, 3, 6 ranks"),
-        ("column", (8, 12), {"chunks": (6, 6)}, "out_features 6 does not divide over 4 tensor ranks"),
+        ("column", (8, 6), {}, "out_features 6 does not divide over tensor 4; choose 1, 2, 3 or 6"),
+        ("row", (6, 8), {}, "in_features 6 does not divide over tensor 4; choose 1, 2, 3 or 6"),
+        ("column", (8, 12), {"chunks": (6, 6)}, "out_features 6 does not divide over tensor 4"),
         ("column", (8, 12), {"chunks": (4, 4)}, "chunks [4, 4] add up to 8, not to out_features 12"),
     ],
 )
