@@ -131,6 +131,8 @@ class _Watch:
 
 if __name__ == "__main__":
     try:
+        if len(sys.argv) < 2:
+            raise UserError("no settings file is named; write torchrun … -m weft.launch.train CONFIG [KEY=VALUE …].")
         record(main)(sys.argv[1], sys.argv[2:])
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -1,0 +1,172 @@
+"""A run goes on from its checkpoint: to the bit in the same layout, to rounding in any other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.pool import Pool
+from weft.launch.checkpoints import Checkpoints, checkpoint_to_resume, find_checkpoints
+from weft.launch.engine import Engine
+from weft.launch.errors import UserError
+from weft.launch.settings import build_settings
+from weft.model.config import model_config
+from weft.parallel import build_mesh
+
+Axes = tuple[int, int, int]
+LAYOUTS: dict[Axes, dict[str, Any]] = {
+    (1, 1, 1): {},
+    (1, 1, 2): {"sequence_parallel": True},
+    (1, 1, 4): {"sequence_parallel": False},
+    (1, 2, 1): {},
+    (2, 1, 1): {"schedule": "gpipe"},
+    (2, 1, 2): {"split": [3, 1]},
+    (4, 1, 1): {},
+    (2, 2, 1): {},
+}
+SAVED_AFTER, STEPS = 2, 4
+
+
+def build(axes: Axes, directory: Path, *, tied: bool = False, layers: int = 4) -> tuple[Engine, Checkpoints]:
+    """An engine whose vocabulary is padded and whose key-value heads are replicated under tensor 4."""
+    pipeline, data, tensor = axes
+    model = {
+        "model_type": "llama",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8,
+        "tie_word_embeddings": tied,
+    }
+    settings = build_settings(
+        {
+            "name": "saved",
+            "model": model,
+            "parallel": {"pipeline": pipeline, "data": data, "tensor": tensor, **LAYOUTS[axes]},
+            "batch": {"global_size": 8, "micro_size": 2},
+            "train": {"steps": STEPS},
+            "corpus": {"sequence_length": 8},
+            "checkpoint": {"directory": str(directory), "keep": 2},
+        }
+    )
+    engine = Engine(model_config(model), settings, build_mesh(pipeline=pipeline, data=data, tensor=tensor))
+    return engine, Checkpoints(settings.checkpoint, engine)
+
+
+def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    replica, replicas = engine.data.get_local_rank(), engine.data.size()
+    results = []
+    for step in steps:
+        rows = torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(step)).chunk(replicas)[replica]
+        outcome = engine.step(step, rows[:, :-1], rows[:, 1:])
+        results.append((outcome.loss, outcome.gradient_norm))
+    return results
+
+
+def save_and_go_on(axes: Axes, directory: Path, tied: bool) -> list[tuple[float, float]]:
+    engine, checkpoints = build(axes, directory, tied=tied)
+    train(engine, range(SAVED_AFTER))
+    checkpoints.save(SAVED_AFTER, {"note": "two steps"})
+    return train(engine, range(SAVED_AFTER, STEPS))
+
+
+def restore_and_go_on(layouts: list[Axes], axes: Axes, root: Path, tied: bool) -> list[list[tuple[float, float]]]:
+    results = []
+    for saved in layouts:
+        engine, checkpoints = build(axes, root / name(saved), tied=tied)
+        path = checkpoint_to_resume(checkpoints.settings)
+        assert path is not None
+        assert checkpoints.restore(path) == {"note": "two steps", "step": SAVED_AFTER}
+        results.append(train(engine, range(SAVED_AFTER, STEPS)))
+    return results
+
+
+def name(axes: Axes) -> str:
+    return "-".join(map(str, axes))
+
+
+def ranks(axes: Axes) -> int:
+    return axes[0] * axes[1] * axes[2]
+
+
+ONE, PIPELINED, BOTH = (1, 1, 1), (2, 1, 1), (2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layouts", "tied"), [(list(LAYOUTS), False), ([ONE, PIPELINED, BOTH], True)], ids=["untied", "tied"]
+)
+def test_every_layout_goes_on_from_every_other(pool: Pool, tmp_path: Path, layouts: list[Axes], tied: bool) -> None:
+    uninterrupted = {
+        axes: pool.run(ranks(axes), save_and_go_on, axes, tmp_path / name(axes), tied)[0] for axes in layouts
+    }
+    for axes in layouts:
+        resumed = pool.run(ranks(axes), restore_and_go_on, layouts, axes, tmp_path, tied)[0]
+        for saved, results in zip(layouts, resumed, strict=True):
+            if saved == axes:
+                assert results == uninterrupted[axes], f"{axes} does not go on to the bit"
+            torch.testing.assert_close(torch.tensor(results), torch.tensor(uninterrupted[saved]), rtol=1e-5, atol=1e-5)
+
+
+def save_often(directory: Path) -> list[str]:
+    engine, checkpoints = build((1, 1, 2), directory)
+    for step in (1, 2, 3):
+        train(engine, range(step - 1, step))
+        checkpoints.save(step, {})
+    dist.barrier()
+    return [path.name for path in find_checkpoints(directory)]
+
+
+def test_the_newest_are_kept_and_half_written_ones_never_count(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "step-00000009").mkdir()
+    (tmp_path / ".step-00000002.part").mkdir()
+    (tmp_path / ".step-00000002.part" / "rank-00000.safetensors").write_bytes(b"half")
+    assert pool.run(2, save_often, tmp_path)[0] == ["step-00000002", "step-00000003"]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def restore(directory: Path, layers: int = 4) -> str:
+    _, checkpoints = build((1, 1, 1), directory, layers=layers)
+    path = checkpoint_to_resume(checkpoints.settings)
+    assert path is not None
+    with pytest.raises(UserError) as caught:
+        checkpoints.restore(path)
+    return str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_named_and_not_loaded(pool: Pool, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    pool.run(1, save_and_go_on, (1, 1, 1), whole, False)
+    file = "step-00000002/rank-00000.safetensors"
+
+    flipped = shutil.copytree(whole, tmp_path / "flipped")
+    data = bytearray((flipped / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (flipped / file).write_bytes(data)
+    (truncated := shutil.copytree(whole, tmp_path / "truncated") / file).write_bytes(data[:1000])
+    (missing := shutil.copytree(whole, tmp_path / "missing") / file).unlink()
+    for damaged in (flipped / file, truncated, missing):
+        assert str(damaged) in pool.run(1, restore, damaged.parents[1])[0]
+
+
+def test_a_checkpoint_of_another_model_is_refused(pool: Pool, tmp_path: Path) -> None:
+    pool.run(1, save_and_go_on, (1, 1, 1), tmp_path, False)
+    assert "lacks model/layers.4." in pool.run(1, restore, tmp_path, 5)[0]
+
+
+def test_the_manifest_is_plain_json_that_says_what_lies_where(pool: Pool, tmp_path: Path) -> None:
+    pool.run(2, save_and_go_on, (1, 1, 2), tmp_path, False)
+    manifest = json.loads((tmp_path / "step-00000002" / "manifest.json").read_text())
+    embedding = manifest["tensors"]["model/embed_tokens.weight"]
+    assert embedding["shape"] == [61, 32]
+    rows = sorted(part for piece in embedding["pieces"] for part in piece["slices"])
+    assert rows == [[0, 0, 31], [31, 0, 30]]
+    norm = manifest["tensors"]["model/norm.weight"]
+    assert [piece["slices"] for piece in norm["pieces"]] == [None]
