@@ -13,6 +13,7 @@ from weft.parallel.collectives import all_reduce, reduce_scatter
 from weft.parallel.deferred import WeightGradientQueue
 from weft.parallel.sharding import Sharding, take_shard
 from weft.parallel.tensor.matmul import SEQUENCE_DIM, column_matmul
+from weft.parallel.tensor.range import check_range
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -27,6 +28,9 @@ class VocabParallelEmbedding(nn.Embedding):
 
     A vocabulary that does not divide is padded: every rank holds `ceil(num_embeddings / tensor)` rows, the last ones
     end in zero rows that no token selects.
+
+    Raises:
+        IndexError: in the forward on a CPU, a token outside the vocabulary.
     """
 
     shardings: dict[str, Sharding]
@@ -62,6 +66,7 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.size() == 1:
             return F.embedding(tokens, self.weight)
+        check_range(tokens, self.full_num_embeddings, "token")
         local = tokens - self.mesh.get_local_rank() * self.num_embeddings
         foreign = (local < 0) | (local >= self.num_embeddings)
         found = F.embedding(local.masked_fill(foreign, 0), self.weight)

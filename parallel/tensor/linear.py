@@ -159,4 +159,4 @@ class RowParallelLinear(ParallelLinear):
             queue=self.weight_gradient_queue,
         )
         bias = self.used("bias")
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)  # bias is float32 under autocast

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.exchange import start_all_gather
+from weft.parallel.tensor.range import check_range
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,6 +33,7 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         ValueError: an unknown reduction, a label smoothing outside [0, 1], or shapes that do not match.
+        IndexError: on a CPU, a target outside the vocabulary that is not `ignore_index`.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
@@ -41,6 +43,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(
             f"logits {list(logits.shape)} need targets {list(logits.shape[:-1])}, not {list(targets.shape)}"
         )
+    check_range(targets, logits.shape[-1] * mesh.size(), "target", besides=ignore_index)
     losses: Tensor = _CrossEntropy.apply(logits, targets, mesh, ignore_index, label_smoothing)
     if reduction == "none":
         return losses

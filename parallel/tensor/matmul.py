@@ -39,6 +39,7 @@ def column_matmul(
     """
     if mesh.size() == 1 and queue is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    x, *weights = in_autocast_precision(x, *weights)
     gather = sequence_parallel and mesh.size() > 1
     results = _ColumnMatmul.apply(x, mesh, gather, queue, len(weights), *weights, *biases)
     return tuple(results)
@@ -60,8 +61,17 @@ def row_matmul(
     """
     if mesh.size() == 1 and queue is None:
         return F.linear(x, weight)
+    x, weight = in_autocast_precision(x, weight)
     result: Tensor = _RowMatmul.apply(x, weight, mesh, sequence_parallel and mesh.size() > 1, queue)
     return result
+
+
+def in_autocast_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as `torch.autocast` would give them to a matrix product, so that the backward sees one precision."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 class _ColumnMatmul(torch.autograd.Function):

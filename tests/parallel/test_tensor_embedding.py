@@ -161,3 +161,14 @@ def test_traffic_is_that_of_the_formulas(pool: Pool, ranks: int) -> None:
     for seen in pool.run(ranks, measure, True):
         assert seen["embedding"] == pytest.approx((share * hidden, share * hidden))
         assert seen["head"] == pytest.approx((share * hidden, 2 * share * hidden))
+
+
+def look_up_outside(token: int) -> None:
+    with pytest.raises(IndexError):
+        VocabParallelEmbedding(11, 4, mesh=tensor_mesh())(torch.tensor([[3, token]]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("token", [11, -1])
+def test_a_token_outside_the_vocabulary_is_refused(pool: Pool, ranks: int, token: int) -> None:
+    pool.run(ranks, look_up_outside, token)

@@ -343,3 +343,28 @@ def test_traffic_is_that_of_the_formulas(pool: Pool, ranks: int) -> None:
                 collectives = (bool(forward), {0: 0, 2 * x: 2 if case.sequence_parallel else 1}.get(backward))
                 if collectives[1] is not None:
                     assert seen["messages"] == collectives, case
+
+
+def autocast_step(sequence_parallel: bool) -> list[Tensor]:
+    """Output and gathered gradients of an MLP under autocast, from float32 weights."""
+    mesh = tensor_mesh()
+    torch.manual_seed(0)
+    up = ColumnParallelLinear(IN, OUT, mesh=mesh, sequence_parallel=sequence_parallel)
+    down = RowParallelLinear(OUT, IN, mesh=mesh, sequence_parallel=sequence_parallel)
+    x = torch.randn(2, 12, IN)
+    x = x.chunk(mesh.size(), 1)[mesh.get_local_rank()] if sequence_parallel else x
+    with torch.autocast("cpu", torch.bfloat16):
+        y = down(up(x))
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    declared = shardings(up)
+    return [gather_full(up.get_parameter(name).grad, declared[name]) for name in ("weight", "bias")]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_autocast_computes_in_its_precision_on_any_number_of_ranks(pool: Pool, sequence_parallel: bool) -> None:
+    (plain,) = pool.run(1, autocast_step, sequence_parallel)
+    for gradients in pool.run(2, autocast_step, sequence_parallel):
+        for gradient, expected in zip(gradients, plain, strict=True):
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))

@@ -179,3 +179,15 @@ def test_what_cannot_be_computed_is_named(
     pool: Pool, options: dict[str, Any], shape: tuple[int, ...], message: str
 ) -> None:
     pool.run(1, refuse, options, shape, message)
+
+
+def lose_outside(target: int) -> None:
+    mesh = tensor_mesh()
+    with pytest.raises(IndexError, match=f"target {target} is outside the vocabulary 0 … 11"):
+        vocab_parallel_cross_entropy(torch.randn(2, 12 // mesh.size()), torch.tensor([3, target]), mesh=mesh)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("target", [12, -1])
+def test_a_target_outside_the_vocabulary_is_refused(pool: Pool, ranks: int, target: int) -> None:
+    pool.run(ranks, lose_outside, target)
