@@ -1,7 +1,9 @@
 """Proves a schedule before it runs: complete, ordered, free of deadlock, and how much each rank must hold."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from weft.parallel.pipeline.plan import plan_rank
 from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, Value, describe, gives, needs, traffic
@@ -37,21 +39,19 @@ def check_schedule(schedule: Schedule) -> ScheduleFacts:
     messages = [0] * schedule.ranks
     for (source, _), transfers in traffic(schedule).items():
         messages[source] += len(transfers)
-    return ScheduleFacts(peak_activations(schedule), messages)
+    return ScheduleFacts(peak_activations(schedule.programs), messages)
 
 
-def peak_activations(schedule: Schedule) -> list[int]:
-    """Per rank, the most stage inputs held at once. A forward takes one; B or W, or nothing to come, releases it."""
-    if schedule.forward_only:
-        return [min(1, len(program)) for program in schedule.programs]
+def peak_activations(programs: Sequence[Sequence[Action]]) -> list[int]:
+    """Per rank, the most stage inputs held at once. A forward takes one; its B or W releases it."""
     change = {"F": 1, "B": -1, "I": 0, "W": -1}
     peaks = []
-    for program in schedule.programs:
-        held = peak = 0
-        for action in program:
-            held += change[action.kind]
-            peak = max(peak, held)
-        peaks.append(peak)
+    for program in programs:
+        if all(action.kind == "F" for action in program):
+            peaks.append(min(1, len(program)))
+            continue
+        held = accumulate(change[action.kind] for action in program)
+        peaks.append(max(held, default=0))
     return peaks
 
 
