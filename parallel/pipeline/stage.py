@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from weft.parallel.deferred import WeightGradientQueue
+from weft.parallel.pipeline.foreign import defer_linear
 from weft.parallel.pipeline.payload import Nest, TensorSpec, as_arguments
 
 
@@ -37,15 +38,20 @@ class PipelineStage:
         self._queue: WeightGradientQueue | None = None
 
     def defer_weight_gradients(self) -> bool:
-        """Let the layers that can leave their weight gradients for later do so; returns whether there are any.
+        """Let weft's layers and plain `nn.Linear`s leave weight gradients for later; returns whether there are any.
 
         Called when a schedule splits this stage's backward: without a split, layers take their faster way.
         """
         self._queue = WeightGradientQueue()
-        deferring = [part for part in self.module.modules() if hasattr(part, "weight_gradient_queue")]
-        for part in deferring:
-            part.weight_gradient_queue = self._queue  # type: ignore[assignment]
-        return bool(deferring)
+        deferring = False
+        for part in self.module.modules():
+            if hasattr(part, "weight_gradient_queue"):
+                part.weight_gradient_queue = self._queue  # type: ignore[assignment]
+                deferring = True
+            elif type(part) is nn.Linear:
+                defer_linear(part, self._queue)
+                deferring = True
+        return deferring
 
     def forward(self, payload: Nest, keywords: Mapping[str, Any]) -> Nest:
         return self.module(*as_arguments(payload), **keywords)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,19 @@ class ParallelBlock(nn.Module):
         return checkpoint(self._block, x, use_reentrant=False) if self.recompute else self._block(x)
 
 
+class Uncovered(nn.Module):
+    """The same block without a module whose weight gradients can wait."""
+
+    def __init__(self, plain: Block) -> None:
+        super().__init__()
+        for name, parameter in plain.named_parameters():
+            self.register_parameter(name.replace(".", "__"), parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.linear(x, self.inner__weight, self.inner__bias)
+        return x + F.linear(torch.tanh(inner), self.outer__weight, self.outer__bias)
+
+
 def step_of(count: int) -> tuple[list[Tensor], list[Tensor]]:
     return microbatches(count, seed=1), microbatches(count, seed=2)
 
@@ -55,7 +69,9 @@ def split_step(name: str, ranks: int, count: int, layers: str) -> tuple[Outcome,
     schedule = build_schedule(name, ranks, count, 1)
     modules: list[nn.Module] = [Block(seed) for seed in range(schedule.stages)]
     mine = schedule.stages_of(mesh["pipeline"].get_local_rank())
-    if layers != "plain":
+    if layers == "uncovered":
+        modules = [Uncovered(module) for module in modules]
+    elif layers != "plain":
         for index in mine:
             modules[index] = ParallelBlock(modules[index], mesh["tensor"], recompute=layers == "recomputed")
     called: list[int] = []
@@ -69,11 +85,13 @@ def split_step(name: str, ranks: int, count: int, layers: str) -> tuple[Outcome,
     )
     losses = [executor.step(*step_of(count)).loss.item() for _ in range(2)]
     assert sorted(called) == sorted(mine * 2)
-    kept = {key: value for key, value in gradients(modules).items() if int(key.split(".")[0]) in mine}
+    kept = {
+        key.replace("__", "."): value for key, value in gradients(modules).items() if int(key.split(".")[0]) in mine
+    }
     return Outcome(losses, kept), [getattr(modules[index], "runs", 0) for index in mine]
 
 
-@pytest.mark.parametrize("layers", ["plain", "deferring", "recomputed"])
+@pytest.mark.parametrize("layers", ["plain", "uncovered", "deferring", "recomputed"])
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_equals_serial(pool: Pool, name: str, layers: str) -> None:
     ranks, count = (4, 6) if layers == "deferring" else (2, 3)
