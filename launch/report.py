@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class RunReport:
         trained_tokens: in all steps.
         seconds: of training, without start and evaluation.
         tokens: of the corpus.
-        timeline_svg: the pipeline's measured timeline as an `<svg>` element, which is trusted as it is.
+        timelines: of the pipeline, as `<svg>` elements by their captions, which are trusted as they are.
         sample: generated text, which is not.
     """
 
@@ -60,7 +60,7 @@ class RunReport:
     trained_tokens: int
     seconds: float
     tokens: TokenInfo
-    timeline_svg: str | None = None
+    timelines: Mapping[str, str] = field(default_factory=dict)
     sample: Sample | None = None
 
 
@@ -87,7 +87,7 @@ def write_report(directory: Path, run: RunReport) -> Path:
         evaluations=[entry for entry in metrics if entry.held_out_loss is not None],
         loss_svg=Markup(draw_loss_curve(metrics)),
         loss_words=_loss_in_words(metrics),
-        timeline_svg=Markup(run.timeline_svg) if run.timeline_svg else None,
+        timelines={caption: Markup(svg) for caption, svg in run.timelines.items()},
         most_memory=max((rank.memory_bytes for rank in run.ranks), default=0) or 1,
         axes=[axis for axis, size in run.axes.items() if size > 1],
         ranks=_ranks(run),

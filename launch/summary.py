@@ -8,6 +8,7 @@ import torch.distributed as dist
 from weft.launch.metrics import read_metrics
 from weft.launch.report import RankReport, RunReport, Sample, write_report
 from weft.launch.settings import dump_settings
+from weft.launch.timelines import timeline_pictures
 from weft.launch.trainer import Trainer, held_bytes
 
 PROMPT_TOKENS = 24
@@ -31,7 +32,7 @@ def conclude(trainer: Trainer) -> None:
         trained_tokens=trainer.trained_tokens,
         seconds=trainer.seconds,
         tokens=trainer.tokens.info,
-        timeline_svg=_timeline(trainer),
+        timelines=_timelines(trainer),
         sample=sample,
     )
     directory = Path(settings.report.directory)
@@ -69,8 +70,10 @@ def _layers(numbers: list[str]) -> str:
     return f"layers {numbers[0]} to {numbers[-1]}"
 
 
-def _timeline(trainer: Trainer) -> str | None:
-    return None
+def _timelines(trainer: Trainer) -> dict[str, str]:
+    if trainer.timeline is None:
+        return {}
+    return timeline_pictures(trainer.timeline, trainer.engine.schedule)
 
 
 def _print_result(directory: Path, sample: Sample, report: Path) -> None:

@@ -72,7 +72,7 @@ def run() -> RunReport:
         trained_tokens=1_638_400,
         seconds=81.0,
         tokens=TokenInfo(corpus, 2048, 0, 620_489, 14_398, 3.18),
-        timeline_svg='<svg viewBox="0 0 10 10"><rect width="5" height="5"></rect></svg>',
+        timelines={"As measured": '<svg viewBox="0 0 10 10"><rect width="5" height="5"></rect></svg>'},
         sample=Sample(prompt="The ", text="end."),
     )
 
@@ -161,7 +161,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("loss", [5.0, float("nan"), float("inf")])
 def test_runs_that_diverged_or_never_began_have_a_report(tmp_path: Path, run: RunReport, loss: float) -> None:
-    bare = replace(run, sample=None, timeline_svg=None, seconds=0.0, ranks=run.ranks[:1], axes={"tensor": 1})
+    bare = replace(run, sample=None, timelines={}, seconds=0.0, ranks=run.ranks[:1], axes={"tensor": 1})
     assert "No loss was recorded" in Page(write_report(tmp_path, bare)).text
     write_metrics(tmp_path, loss)
     page = Page(write_report(tmp_path, bare))
