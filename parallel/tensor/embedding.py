@@ -65,11 +65,11 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.size() == 1:
-            return F.embedding(tokens, self.weight)
+            return F.embedding(tokens, self.weight, self.padding_idx)
         check_range(tokens, self.full_num_embeddings, "token")
         local = tokens - self.mesh.get_local_rank() * self.num_embeddings
         foreign = (local < 0) | (local >= self.num_embeddings)
-        found = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        found = F.embedding(local.masked_fill(foreign, 0), self.weight, self.padding_idx)
         found = found.masked_fill(foreign.unsqueeze(-1), 0.0)
         if self.sequence_parallel:
             return reduce_scatter(found, self.mesh, SEQUENCE_DIM)

@@ -14,6 +14,7 @@ from weft.parallel.sharding import Sharding, replicated, take_shard
 from weft.parallel.tensor.divide import check_features
 from weft.parallel.tensor.matmul import column_matmul, row_matmul
 from weft.parallel.tensor.partial import ShardedModule
+from weft.parallel.tensor.shared_input import SharedInput
 
 
 class ParallelLinear(ShardedModule, nn.Linear):
@@ -51,10 +52,19 @@ class ParallelLinear(ShardedModule, nn.Linear):
             with torch.no_grad():
                 parameter.copy_(take_shard(full, sharding))
 
+    def matrix(self) -> Tensor:
+        """The weight as the forward uses it, `[out_features, in_features]` of this rank."""
+        weight: Tensor = self.used("weight")
+        return weight
+
     def extra_repr(self) -> str:
+        weight = self.shardings["weight"]
+        fused = f", chunks={list(weight.chunks)}" if weight.chunks else ""
+        replicas = f", replicas={weight.replicas}" if weight.replicas > 1 else ""
         return (
             f"in_features={self.full_in_features}, out_features={self.full_out_features}, "
             f"bias={self.bias is not None}, local weight={list(self.weight.shape)}, ranks={self.mesh.size()}"
+            f"{fused}{replicas}"
         )
 
 
@@ -70,11 +80,14 @@ class ColumnParallelLinear(ParallelLinear):
 
     `chunks`: sizes of projections fused along the output (q, k, v; gate, up), each split by itself.
     `replicas`: that many neighbouring ranks hold the same shard, and their gradients are summed.
+    `shared_input`: layers with the same one, called with the same x, share one reduction of its gradient.
 
     Raises:
-        ValueError: `out_features`, or one of its `chunks`, does not divide over the ranks; chunks or replicas together
-            with `gather_output`.
+        ValueError: `out_features`, or one of its `chunks`, does not divide over the ranks and is not gathered; chunks
+            or replicas together with `gather_output`.
     """
+
+    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -94,7 +107,7 @@ class ColumnParallelLinear(ParallelLinear):
             raise ValueError(f"chunks {list(chunks)} add up to {sum(chunks)}, not to out_features {out_features}")
         if gather_output and (chunks or replicas > 1):
             raise ValueError("gather_output would mix up fused chunks and repeat replicas; gather each part by itself")
-        for size in chunks or (out_features,):
+        for size in () if gather_output else chunks or (out_features,):
             check_features("out_features", size, mesh.size() // replicas)
         shared: dict[str, Any] = {"chunks": chunks, "replicas": replicas, "partial_gradient": replicas > 1}
         weight = Sharding(Shard(0), mesh, (out_features, in_features), **shared)
@@ -103,15 +116,20 @@ class ColumnParallelLinear(ParallelLinear):
         self.gather_output, self.sequence_parallel = gather_output, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        shared = self.shared_input is not None and self.shared_input.is_open
+        if self.shared_input is not None and shared:
+            x = self.shared_input.take(x)
         (y,) = column_matmul(
             x,
-            [self.used("weight")],
+            [self.matrix()],
             [self.used("bias")],
             mesh=self.mesh,
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,
+            reduce_input_gradient=not shared,
         )
-        return gather(y, self.mesh, -1) if self.gather_output else y
+        # the last rank's columns beyond the full width are padding
+        return gather(y, self.mesh, -1)[..., : self.full_out_features] if self.gather_output else y
 
 
 class RowParallelLinear(ParallelLinear):
@@ -153,7 +171,7 @@ class RowParallelLinear(ParallelLinear):
             x = split(x, self.mesh, -1)
         y = row_matmul(
             x,
-            self.weight,
+            self.matrix(),
             mesh=self.mesh,
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,

@@ -28,20 +28,23 @@ def column_matmul(
     mesh: DeviceMesh,
     sequence_parallel: bool = False,
     queue: WeightGradientQueue | None = None,
+    reduce_input_gradient: bool = True,
 ) -> tuple[Tensor, ...]:
     """`x W_i^T + b_i` for each weight, x whole (or gathered along the sequence), output features split.
 
-    Column layers that read the same input are one call, so that their input gradients share one reduction.
+    Column layers that read the same input are one call, so that their input gradients share one reduction. Without
+    `reduce_input_gradient` the caller sums the input's gradient over the ranks (`SharedInput`).
 
     Shapes: x `[…, sequence, in]` (`[…, sequence / tensor, in]` under sequence parallelism), weights `[out_i / tensor,
     in]`, results `[…, sequence, out_i / tensor]`.
     Communication: forward none (all-gather); backward all-reduce (all-gather and reduce-scatter).
     """
-    if mesh.size() == 1 and queue is None:
+    communicates = mesh.size() > 1 and reduce_input_gradient
+    if not communicates and queue is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     x, *weights = in_autocast_precision(x, *weights)
-    gather = sequence_parallel and mesh.size() > 1
-    results = _ColumnMatmul.apply(x, mesh, gather, queue, len(weights), *weights, *biases)
+    group, gather = (mesh, sequence_parallel) if communicates else (None, False)
+    results = _ColumnMatmul.apply(x, group, gather, queue, len(weights), *weights, *biases)
     return tuple(results)
 
 
@@ -79,14 +82,14 @@ class _ColumnMatmul(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        mesh: DeviceMesh,
+        mesh: DeviceMesh | None,
         gather: bool,
         queue: WeightGradientQueue | None,
         count: int,
         *weights_and_biases: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        whole = start_all_gather(x, mesh, SEQUENCE_DIM).wait() if gather else x
+        whole = start_all_gather(x, mesh, SEQUENCE_DIM).wait() if gather and mesh is not None else x
         ctx.mesh, ctx.gather, ctx.queue = mesh, gather, queue
         # saved tensors come back as aliases under recompute; the queue accumulates into the parameters themselves
         ctx.parameters = weights
@@ -145,7 +148,7 @@ def _reduce_input_gradient(ctx: Any, gradients: Sequence[Tensor], weights: Seque
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
         # in place into the flat view: one pass over memory less than a product and a sum
         _rows(total).addmm_(_rows(gradient), weight)
-    if ctx.mesh.size() == 1:
+    if ctx.mesh is None:
         return lambda: total
     if ctx.gather:
         return start_reduce_scatter(total, ctx.mesh, SEQUENCE_DIM).wait

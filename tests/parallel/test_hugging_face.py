@@ -1,0 +1,148 @@
+"""Hugging Face models of every supported family, split, against the same model whole."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.parallel.comparison import close, tensor_mesh
+from tests.parallel.hugging_face import HEADS, MODELS, SIZES, batch, build, exact, run
+from tests.pool import Pool
+from weft.parallel import check_parallel, count_traffic, gather_full, load_shards, parallelize, take_shard
+from weft.parallel.sharding import sharded_parameters
+
+pytest.importorskip("transformers", reason="the extra huggingface is not installed")
+
+
+def check_whole_gradients(module: nn.Module, plain: nn.Module, what: str) -> None:
+    """Every gradient of `plain` has its shard in `module`, on this rank and put together."""
+    expected = dict(plain.named_parameters())
+    seen = {name: (parameter, sharding) for name, parameter, sharding in sharded_parameters(module)}
+    assert seen.keys() == expected.keys(), what
+    for name, (parameter, sharding) in seen.items():
+        gradient, whole = parameter.grad, expected[name].grad
+        assert (gradient is None) == (whole is None), (what, name)
+        if gradient is not None:
+            close(gradient, take_shard(whole, sharding) if sharding else whole, f"{what}: this rank's {name}")
+            close(gather_full(gradient, sharding), whole, f"{what}: {name}")
+
+
+def compare(names: list[str], dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    for name in names:
+        plain = build(name, dtype, **changes)
+        split = parallelize(copy.deepcopy(plain), None, tensor_mesh())
+        with exact(dtype):
+            logits, loss = run(split, batch(name))
+            expected_logits, expected_loss = run(plain, batch(name))
+        close(logits, expected_logits, f"{name}: logits")
+        close(loss, expected_loss, f"{name}: loss")
+        check_whole_gradients(split, plain, name)
+        parameters = sum(p.numel() for p in split.parameters()), sum(p.numel() for p in plain.parameters())
+        assert parameters[0] < (0.75 if tensor_mesh().size() == 2 else 0.6) * parameters[1], name
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_loss_and_every_gradient_are_those_of_the_whole_model(
+    pool: Pool, ranks: int, dtype: torch.dtype
+) -> None:
+    """With four ranks, the two key-value heads are fewer than the ranks."""
+    pool.run(ranks, compare, list(MODELS), dtype, {}, timeout=240)
+
+
+def count_reductions(layers: int, recompute: bool) -> int:
+    model = parallelize(build("llama", num_hidden_layers=layers, num_key_value_heads=4), None, tensor_mesh())
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with count_traffic() as traffic:
+        run(model.train(), batch("llama"))
+    return traffic.count()["all_reduce"]
+
+
+def test_a_llama_layer_costs_four_reductions(pool: Pool) -> None:
+    """Attention and MLP, forward and backward: q, k, v share one, gate and up share one. Recompute repeats two."""
+    for recompute, expected in ((False, 4), (True, 6)):
+        two, three = (pool.run(4, count_reductions, layers, recompute) for layers in (2, 3))
+        assert [more - less for more, less in zip(three, two, strict=True)] == [expected] * 4
+
+
+def generate() -> list[list[int]]:
+    """Greedy continuations of the split and the whole model."""
+    plain = build("llama", torch.float32).eval()
+    split = parallelize(copy.deepcopy(plain), None, tensor_mesh())
+    prompt = batch("llama")["input_ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    return [model.generate(prompt, **options)[0].tolist() for model in (split, plain)]
+
+
+def test_a_split_model_generates_with_its_cache(pool: Pool) -> None:
+    for split, plain in pool.run(2, generate):
+        assert split == plain
+
+
+def load_from_directory(directory: str, name: str) -> None:
+    plain = build(name, torch.float32)
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+    parallelize(model, None, tensor_mesh())
+    load_shards(model, directory)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    logits, _ = run(model.eval(), batch(name))
+    expected, _ = run(plain.eval(), batch(name))
+    close(logits, expected, name)
+    check_whole_gradients(model, plain, name)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "bert", "t5"])
+def test_pretrained_weights_go_to_a_model_on_the_meta_device(pool: Pool, tmp_path: Path, name: str) -> None:
+    build(name, torch.float32).save_pretrained(tmp_path, max_shard_size="20KB")
+    pool.run(2, load_from_directory, str(tmp_path), name)
+
+
+def phi3_with_fused_projections() -> None:
+    """A plan of the user's instead of the model's own, which gathers the fused projection: gate and up stay split."""
+    plain = build("phi3")
+    plan = {
+        **plain._tp_plan,
+        "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    }
+    split = parallelize(copy.deepcopy(plain), plan, tensor_mesh())
+    with exact(torch.float64):
+        logits, _ = run(split, batch("phi3"))
+        expected, _ = run(plain, batch("phi3"))
+    close(logits, expected, "logits")
+    check_whole_gradients(split, plain, "phi3")
+
+
+def test_a_fused_projection_is_split_chunk_by_chunk(pool: Pool) -> None:
+    pool.run(2, phi3_with_fused_projections)
+
+
+def refuse_experts() -> str:
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, **HEADS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8
+    )
+    with pytest.raises(ValueError, match="style") as caught:
+        parallelize(transformers.Qwen3MoeForCausalLM(config), None, tensor_mesh())
+    return str(caught.value)
+
+
+def test_unknown_styles_are_refused_by_module_and_name(pool: Pool) -> None:
+    for seen in pool.run(2, refuse_experts):
+        assert "model.layers.0.mlp.experts" in seen
+        assert "the plan asks for style '" in seen
+
+
+def check_whole_plans() -> None:
+    for name in MODELS:
+        check_parallel(parallelize(build(name, torch.float32), None, tensor_mesh()), batch(name))
+
+
+def test_no_plan_forgets_a_module(pool: Pool) -> None:
+    pool.run(2, check_whole_plans, timeout=120)
