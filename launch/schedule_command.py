@@ -10,11 +10,13 @@ from weft.launch.errors import UserError
 from weft.parallel.pipeline.check import check_schedule
 from weft.parallel.pipeline.draw import draw_timeline, timeline_text
 from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
+from weft.parallel.pipeline.search import search_schedule, share_costs
 from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
 from weft.parallel.pipeline.table import Schedule, ScheduleError
 from weft.parallel.pipeline.text import read_schedule, write_schedule
 from weft.parallel.pipeline.timeline import Timeline
 
+AUTO = "auto"
 _SUFFIXES = (".svg", ".png", ".json", ".csv")
 
 
@@ -32,20 +34,33 @@ _SUFFIXES = (".svg", ".png", ".json", ".csv")
     metavar="F,B,W,SEND",
     help="Time of a forward, an input gradient, a weight gradient and a send.",
 )
+@click.option(
+    "--activations", type=click.FloatRange(min=1), help="For auto: microbatches that fit into a rank's memory."
+)
 @click.option("--output", help="Write a picture (.svg, .png), a Perfetto trace (.json) or the table (.csv).")
 def schedule_command(
-    name: str, ranks: int | None, microbatches: int | None, stages_per_rank: int, costs: str, output: str | None
+    name: str,
+    ranks: int | None,
+    microbatches: int | None,
+    stages_per_rank: int,
+    costs: str,
+    activations: float | None,
+    output: str | None,
 ) -> None:
     """Prove a pipeline schedule, time it and draw it.
 
-    NAME is one of the built-in schedules or a CSV file with one row per rank and one action per cell, such as 2F0 for
-    the forward of microbatch 0 on stage 2.
+    NAME is one of the built-in schedules, a CSV file with one row per rank and one action per cell, such as 2F0 for
+    the forward of microbatch 0 on stage 2, or auto, which searches for the shortest.
     """
     _check_output(output)
+    parsed = _parse_costs(costs)
     try:
-        schedule = _load(name, ranks, microbatches, stages_per_rank)
+        if name == AUTO:
+            schedule, parsed = _search(ranks, microbatches, parsed, activations)
+        else:
+            schedule = _load(name, ranks, microbatches, stages_per_rank)
         check_schedule(schedule)
-        timeline = simulate_schedule(schedule, _parse_costs(costs))
+        timeline = simulate_schedule(schedule, parsed)
     except ScheduleError as error:
         raise UserError(str(error)) from error
     title = f"{schedule.name}, {schedule.ranks} ranks, {schedule.microbatches} microbatches"
@@ -57,6 +72,24 @@ def schedule_command(
     else:
         _write(schedule, timeline, Path(output), title)
         click.echo(f"wrote {output}")
+
+
+def _search(
+    ranks: int | None, microbatches: int | None, costs: ScheduleCosts, activations: float | None
+) -> tuple[Schedule, ScheduleCosts]:
+    """The shortest schedule, and the costs of each of its stages, of which a rank may have several."""
+    if ranks is None or microbatches is None:
+        raise UserError(
+            f"{AUTO} needs --ranks and --microbatches; for example: weft schedule {AUTO} --ranks 4 --microbatches 8"
+        )
+    found = search_schedule(ranks, microbatches, costs, activations=activations)
+    above = 100 * (found.makespan / found.lower_bound - 1)
+    click.echo(
+        f"best: {found.schedule.name}, {found.stages_per_rank} stages per rank, length {found.makespan:g}, at most "
+        f"{above:.1f} % above the best possible, {found.peak_activations:g} activations",
+        err=True,
+    )
+    return found.schedule, share_costs(costs, found.stages_per_rank)
 
 
 def _load(name: str, ranks: int | None, microbatches: int | None, stages_per_rank: int) -> Schedule:

@@ -51,3 +51,4 @@ from .tensor.partial import defer_partial_gradients as defer_partial_gradients
 from .tensor.partial import reduce_partial_gradients as reduce_partial_gradients
 from .tensor.plans import Style as Style
 from .traffic import count_traffic as count_traffic
+from .pipeline.search import search_schedule as search_schedule

@@ -27,7 +27,7 @@ def check_schedule(schedule: Schedule) -> ScheduleFacts:
 
     The proof runs the very plan that the executor follows, with sends that are buffered nowhere: a transfer happens
     when the receiver has posted it, and the values from one rank to another pass one by one in the order in which they
-    are produced. It assumes, as the executor arranges, a channel of its own for each direction between two ranks.
+    are produced. It assumes a channel of its own for each direction between two ranks, as gloo has it.
 
     Raises:
         ScheduleError: names the rank, the action and what it lacks.

@@ -60,3 +60,12 @@ def test_wrong_uses_get_one_sentence(arguments: list[str], message: str, capsys:
 def test_torch_is_not_loaded() -> None:
     code = "import sys; from weft.launch.cli import run; run(['schedule','1f1b','--ranks','2','--microbatches','2']); "
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True, capture_output=True)
+
+
+def test_auto_says_how_good_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["schedule", "auto", "--ranks", "4", "--microbatches", "8", "--activations", "3"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "best: v-half, 2 stages per rank, length 27.5, at most 11.1 % above the best possible, 3 activations\n"
+    )
+    assert "v-half, 4 ranks, 8 microbatches · length 27.5" in captured.out
