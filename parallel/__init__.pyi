@@ -19,8 +19,10 @@ from .pipeline.executor import PipelineExecutor as PipelineExecutor
 from .pipeline.executor import StepResult as StepResult
 from .pipeline.schedules import build_schedule as build_schedule
 from .pipeline.schedules import forward_only as forward_only
+from .pipeline.search import search_schedule as search_schedule
 from .pipeline.simulate import ScheduleCosts as ScheduleCosts
 from .pipeline.simulate import simulate_schedule as simulate_schedule
+from .pipeline.split_stages import split_stages as split_stages
 from .pipeline.stage import PipelineStage as PipelineStage
 from .pipeline.table import Action as Action
 from .pipeline.table import Schedule as Schedule
@@ -51,4 +53,3 @@ from .tensor.partial import defer_partial_gradients as defer_partial_gradients
 from .tensor.partial import reduce_partial_gradients as reduce_partial_gradients
 from .tensor.plans import Style as Style
 from .traffic import count_traffic as count_traffic
-from .pipeline.search import search_schedule as search_schedule

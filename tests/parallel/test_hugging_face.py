@@ -1,6 +1,7 @@
 """Hugging Face models of every supported family, split, against the same model whole."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,21 @@ import torch
 from torch import nn
 
 from tests.parallel.comparison import close, tensor_mesh
-from tests.parallel.hugging_face import HEADS, MODELS, SIZES, batch, build, exact, run
+from tests.parallel.hugging_face import DECODERS, HEADS, MODELS, SIZES, batch, build, exact, run
 from tests.pool import Pool
-from weft.parallel import check_parallel, count_traffic, gather_full, load_shards, parallelize, take_shard
+from weft.parallel import (
+    PipelineExecutor,
+    PipelineStage,
+    build_mesh,
+    build_schedule,
+    check_parallel,
+    count_traffic,
+    gather_full,
+    load_shards,
+    parallelize,
+    split_stages,
+    take_shard,
+)
 from weft.parallel.sharding import sharded_parameters
 
 pytest.importorskip("transformers", reason="the extra huggingface is not installed")
@@ -146,3 +159,50 @@ def check_whole_plans() -> None:
 
 def test_no_plan_forgets_a_module(pool: Pool) -> None:
     pool.run(2, check_whole_plans, timeout=120)
+
+
+def pipeline(names: list[str], dtype: torch.dtype, schedule_name: str, tensor: int) -> None:
+    """Pipeline 2, two microbatches with masks of their own, against their mean in one process."""
+    mesh = build_mesh(pipeline=2, tensor=tensor)
+    rank = mesh["pipeline"].get_local_rank()
+    for name in names:
+        plain = build(name, dtype)
+        inputs = batch(name)
+        tokens, masks, labels = (inputs[key].chunk(2) for key in ("input_ids", "attention_mask", "labels"))
+        model = parallelize(copy.deepcopy(plain), None, mesh["tensor"])
+        part = split_stages(model, None, 2, split=(1, 3))[rank]
+        schedule = build_schedule(schedule_name, 2, 2)
+        stage = PipelineStage(part, rank, shared=part.shared)
+        executor = PipelineExecutor(schedule, [stage], mesh["pipeline"], next_token_loss)
+        with exact(dtype):
+            result = executor.step(tokens, labels, keywords=[{"attention_mask": mask} for mask in masks])
+            loss = torch.stack(
+                [
+                    next_token_loss(plain(input_ids=x, attention_mask=mask).logits, y)
+                    for x, mask, y in zip(tokens, masks, labels, strict=True)
+                ]
+            ).mean()
+            loss.backward()
+        close(result.loss.to(dtype), loss.detach(), f"{name}: loss")
+        held = {key.removeprefix("model."): entry for key, *entry in sharded_parameters(part)}
+        expected = {key: value for key, value in plain.named_parameters(remove_duplicate=False) if key in held}
+        assert expected.keys() == held.keys(), name
+        for key, (parameter, sharding) in held.items():
+            whole = expected[key].grad
+            close(parameter.grad, take_shard(whole, sharding) if sharding else whole, f"{name}: {key}")
+        layers = len({key.split(".layers.")[-1].split(".h.")[-1].split(".")[0] for key in held if LAYER.search(key)})
+        assert layers == (1, 3)[rank], name
+
+
+LAYER = re.compile(r"\.(layers|h)\.\d+\.")
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(("dtype", "schedule", "tensor"), [(torch.float64, "1f1b", 2), (torch.float32, "zb-h1", 1)])
+def test_a_pipeline_of_stages_trains_as_the_whole_model(
+    pool: Pool, dtype: torch.dtype, schedule: str, tensor: int
+) -> None:
+    pool.run(2 * tensor, pipeline, DECODERS, dtype, schedule, tensor, timeout=240)
