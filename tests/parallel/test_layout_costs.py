@@ -16,7 +16,7 @@ from weft.launch.engine import Engine
 from weft.launch.settings import Settings, build_settings, load_settings, resolved
 from weft.model.config import model_config
 from weft.model.decoder import Block
-from weft.parallel import AXES, build_mesh, count_traffic
+from weft.parallel import AXES, build_mesh, count_traffic, defer_partial_gradients
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -119,9 +119,7 @@ def count_block(tensor: int, sequence_parallel: bool) -> list[tuple[int, float]]
     options = {"mesh": mesh, "sequence_parallel": sequence_parallel, "dtype": torch.float32, "device": None}
     config = model_config(settings.model | {"resid_pdrop": 0.0, "attn_pdrop": 0.0})
     block = Block(config, 0, **options)
-    for module in block.modules():
-        if hasattr(module, "partial_gradients_deferred"):
-            module.partial_gradients_deferred = True
+    defer_partial_gradients(block)
     x = torch.randn(2, 16 // (tensor if sequence_parallel else 1), 32, requires_grad=True)
     with count_traffic() as forward:
         y = block(x, rotary=None)
