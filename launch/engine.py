@@ -160,6 +160,7 @@ class Engine:
                 last=index == count - 1,
                 mesh=self.tensor,
                 sequence_parallel=parallel.sequence_parallel,
+                recompute=parallel.recompute,
                 device="meta",
                 dtype=dtype,
             )

@@ -77,7 +77,6 @@ def _check_available(settings: Settings) -> None:
     available = {
         "parallel.context": (parallel.context, 1),
         "parallel.zero": (parallel.zero, 0),
-        "parallel.recompute": (parallel.recompute, "none"),
         "train.precision": (settings.train.precision, "fp32"),
     }
     for key, (value, supported) in available.items():

@@ -6,7 +6,7 @@ the same name in every layout.
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,14 @@ from weft.parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
+    recomputed,
     split,
 )
 from weft.parallel.random import Constant, Distribution, Normal
 from weft.parallel.tensor.matmul import column_matmul
 
 Rotary = tuple[Tensor, Tensor]
+Recompute = Literal["none", "selective", "full"]
 
 
 class MLP(nn.Module):
@@ -73,7 +75,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: ModelConfig, number: int, **options: Any) -> None:
+    def __init__(self, config: ModelConfig, number: int, *, recompute_core: bool = False, **options: Any) -> None:
         super().__init__()
         place = f"layers.{number}"
         self.input_layernorm = make_norm(config, **options)
@@ -86,6 +88,7 @@ class Block(nn.Module):
             output_bias=config.output_bias,
             dropout=config.attention_dropout,
             place=f"{place}.self_attn",
+            recompute_core=recompute_core,
             **options,
         )
         self.post_attention_layernorm = make_norm(config, **options)
@@ -124,6 +127,9 @@ class DecoderStage(nn.Module):
     Shapes: the first stage takes tokens `[batch, sequence]`; stages pass `[batch, sequence, hidden]`
     (`[batch, sequence / tensor, hidden]` with `sequence_parallel`); the last returns logits
     `[batch, sequence, ceil(vocab / tensor)]`, this rank's part of the vocabulary.
+
+    `recompute`: "full" keeps only each block's input and computes the block again in the backward; "selective" does so
+    for the core of attention alone (Korthikanti et al. 2022, §5).
     """
 
     def __init__(
@@ -135,11 +141,12 @@ class DecoderStage(nn.Module):
         last: bool = True,
         mesh: DeviceMesh,
         sequence_parallel: bool = False,
+        recompute: Recompute = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.recompute = config, mesh, recompute
         self.sequence_parallel = sequence_parallel and mesh.size() > 1
         options: dict[str, Any] = {
             "mesh": mesh,
@@ -149,7 +156,10 @@ class DecoderStage(nn.Module):
         }
         if first:
             self._add_embedding(options)
-        self.layers = nn.ModuleDict({str(number): Block(config, number, **options) for number in layers})
+        selective = recompute == "selective"
+        self.layers = nn.ModuleDict(
+            {str(number): Block(config, number, recompute_core=selective, **options) for number in layers}
+        )
         if last:
             self.norm = make_norm(config, **options)
             weight = self.get_parameter("embed_tokens.weight") if first and config.tie_word_embeddings else None
@@ -185,7 +195,10 @@ class DecoderStage(nn.Module):
             x = self._embed(x, dropout_key)
         rotary = self._rotary(x)
         for block in self.layers.values():
-            x = block(x, rotary=rotary, dropout_key=dropout_key)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = recomputed(block, x, rotary=rotary, dropout_key=dropout_key)
+            else:
+                x = block(x, rotary=rotary, dropout_key=dropout_key)
         if self.last:
             x = self.lm_head(self.norm(x))
         return x

@@ -32,6 +32,7 @@ from .pipeline.text import write_schedule as write_schedule
 from .pipeline.timeline import Timeline as Timeline
 from .pipeline.transport import PipelineError as PipelineError
 from .random import initialize as initialize
+from .recompute import recomputed as recomputed
 from .sharding import Sharding as Sharding
 from .sharding import gather_full as gather_full
 from .sharding import shardings as shardings

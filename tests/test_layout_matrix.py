@@ -62,6 +62,7 @@ class Case:
     split: tuple[int, ...] | str = "auto"
     dtype: str = "float64"
     dropout: float = 0.0
+    recompute: str = "none"
 
     @property
     def global_size(self) -> int:
@@ -91,6 +92,7 @@ class Case:
                     "schedule": self.schedule,
                     "stages_per_rank": self.stages_per_rank,
                     "split": self.split,
+                    "recompute": self.recompute,
                 },
                 "batch": {
                     "global_size": self.global_size,
@@ -280,6 +282,29 @@ def test_fewer_microbatches_than_stages_and_no_multiple(pool: Pool, schedule: st
     check(pool, [Case(Layout(pipeline=4), schedule=schedule, microbatches=microbatches, tied=True)])
 
 
+EVERY_SCHEDULE = {
+    "gpipe": 1,
+    "1f1b": 1,
+    "zb-h1": 1,
+    "zb-h2": 1,
+    "interleaved": 2,
+    "looped-bfs": 2,
+    "interleaved-zb": 2,
+    "zb-v": 2,
+    "v-half": 2,
+    "dualpipe-v": 2,
+}
+
+
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
+def test_every_schedule_with_and_without_recompute(pool: Pool, schedule: str) -> None:
+    """Whole and split backwards; tied weights; stages in a loop and in a V; tensor ranks inside."""
+    case = Case(Layout(pipeline=2), schedule=schedule, stages_per_rank=EVERY_SCHEDULE[schedule], tied=True, kv_heads=4)
+    check(pool, [replace(case, recompute=recompute) for recompute in ("none", "selective", "full")])
+    both = replace(case, layout=Layout(tensor=2, pipeline=2), sequence_parallel=True, family="gpt2", kv_heads=12)
+    check(pool, [replace(both, tied=False, recompute="full"), replace(both, microbatches=1)])
+
+
 @pytest.mark.parametrize("vocabulary", [60, 61, 3])
 def test_vocabularies_that_divide_and_that_do_not(pool: Pool, vocabulary: int) -> None:
     """With 3 tokens on 4 ranks, one rank holds padding alone."""
@@ -294,6 +319,9 @@ def test_dropout_does_not_depend_on_the_layout(pool: Pool) -> None:
     assert abs(plain.losses[0] - expected.losses[0]) > 1e-4, "nothing was dropped"
     for layout in [Layout(data=4), Layout(tensor=4), Layout(pipeline=2), Layout(2, 2, 1), Layout(1, 2, 2)]:
         for sequence_parallel in {False, layout.tensor > 1}:
-            case = replace(alone, layout=layout, sequence_parallel=sequence_parallel, microbatches=1)
+            recompute = "full" if sequence_parallel else "selective"
+            case = replace(
+                alone, layout=layout, sequence_parallel=sequence_parallel, microbatches=1, recompute=recompute
+            )
             outcomes = [outcome for (outcome,) in pool.run(layout.ranks, run_layouts, [case])]
             assert not compare(case, outcomes, expected), case

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.recompute import recomputed
 from weft.parallel.tensor.divide import check_heads
 from weft.parallel.tensor.dropout import Dropout, DropoutKey
 from weft.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
@@ -43,6 +44,7 @@ class ParallelSelfAttention(nn.Module):
         place: str = "attention",
         sequence_parallel: bool = False,
         is_causal: bool = True,
+        recompute_core: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,7 +56,7 @@ class ParallelSelfAttention(nn.Module):
         self.mesh, self.head_dim, self.is_causal = mesh, head_dim, is_causal
         self.num_heads, self.local_heads = num_heads, num_heads // mesh.size()
         self.num_kv_heads, self.local_kv_heads = num_kv_heads, num_kv_heads * replicas // mesh.size()
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.recompute_core = sequence_parallel, recompute_core
         options: dict[str, Any] = {
             "mesh": mesh,
             "sequence_parallel": sequence_parallel,
@@ -85,12 +87,10 @@ class ParallelSelfAttention(nn.Module):
         q, k, v = self._project(x)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if self.training and self.dropout.p:
-            heads = self._attend_with_dropout(q, k, v, mask, dropout_key)
+        if self.recompute_core and torch.is_grad_enabled():
+            heads = recomputed(self._attend, q, k, v, mask, dropout_key)
         else:
-            heads = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=self.is_causal and mask is None, enable_gqa=k.shape[1] != q.shape[1]
-            )
+            heads = self._attend(q, k, v, mask, dropout_key)
         merged: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))  # [batch, sequence, heads / tensor · head_dim]
         return merged
 
@@ -107,6 +107,13 @@ class ParallelSelfAttention(nn.Module):
         )
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
         return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_key: DropoutKey | None) -> Tensor:
+        if self.training and self.dropout.p:
+            return self._attend_with_dropout(q, k, v, mask, dropout_key)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.is_causal and mask is None, enable_gqa=k.shape[1] != q.shape[1]
+        )
 
     def _attend_with_dropout(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: DropoutKey | None

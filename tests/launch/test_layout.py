@@ -74,7 +74,6 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"parallel": {"schedule": "gpipe", "stages_per_rank": 2}}, 1, ["gpipe", "one stage per rank, not 2"]),
         ({"parallel": {"context": 2}}, 2, ["parallel.context is 2; this version supports 1"]),
         ({"parallel": {"zero": 1}}, 1, ["parallel.zero is 1; this version supports 0"]),
-        ({"parallel": {"recompute": "full"}}, 1, ["parallel.recompute is full; this version supports none"]),
         ({"train": {"precision": "bf16"}}, 1, ["train.precision is bf16; this version supports fp32"]),
     ],
 )
