@@ -136,10 +136,9 @@ def _draw_picture(timeline: Timeline, path: Path, title: str) -> None:
     count = sum(map(len, timeline.programs))
     if count > MOST_BOXES:
         raise ValueError(f"{count} boxes are too many for a picture; choose .json, or fewer ranks or microbatches")
-    import matplotlib
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.fonttype"] = "none"
     row = 0.34 if timeline.ranks <= 32 else 0.12
     width = _inches(timeline)
     height = row * timeline.ranks + 1.5
@@ -147,7 +146,8 @@ def _draw_picture(timeline: Timeline, path: Path, title: str) -> None:
     axes = figure.add_subplot()
     _draw_boxes(axes, timeline, points_per_unit=72 * (width - 1.2) / (timeline.makespan or 1.0))
     _dress(axes, timeline, title)
-    figure.savefig(path, dpi=150)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text as text, and the same file every time
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _draw_boxes(axes: "Axes", timeline: Timeline, points_per_unit: float) -> None:
