@@ -34,6 +34,7 @@ class Layout:
     microbatches: int
     sequence_length: int
     split: Sequence[int] | None = None
+    recompute: str = "none"
 
     @property
     def activation(self) -> int:
@@ -59,6 +60,7 @@ def layout_of(settings: Settings, world: int) -> Layout:
         microbatches=microbatches(settings, world),
         sequence_length=settings.corpus.sequence_length,
         split=None if parallel.split == "auto" else parallel.split,
+        recompute=parallel.recompute,
     )
 
 
@@ -75,9 +77,12 @@ def sent_bytes(layout: Layout, stage: int) -> dict[str, float]:
     learned = c.positions == "learned"
     embedding = (3 if learned else 2) * whole if layout.sequence_parallel else 2 * whole
     head = (3 if layout.sequence_parallel else 2) * whole
+    layer = (10 if layout.sequence_parallel else 8) * whole
+    if layout.recompute == "full":
+        layer += 4 * whole  # the forward's collectives, once more
     loss = ring(tensor) * tensor * layout.micro_size * layout.sequence_length * 3 * ELEMENT
     return {
-        "layers": per_step * layout.layers(stage) * (10 if layout.sequence_parallel else 8) * whole,
+        "layers": per_step * layout.layers(stage) * layer,
         "embedding": per_step * embedding if first else 0.0,
         "head": per_step * head if last else 0.0,
         "loss": per_step * loss if last else 0.0,

@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 import yaml
 
-from weft.launch.settings import load_settings
+from weft.launch.errors import UserError
+from weft.launch.settings import check_layout, load_settings
 
 ROOT = Path(__file__).parents[1]
+PIPELINE = ROOT / "docs/pipeline.md"  # its commands run in tests/parallel/pipeline/test_docs.py
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", ROOT / "docker/README.md"]
 ROOMS = {"parallel": {"parallel"}, "model": {"parallel", "model"}, "launch": {"parallel", "model", "launch"}}
@@ -46,7 +48,7 @@ def commands(page: Path) -> list[str]:
 
 
 def all_commands() -> list[str]:
-    return list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+    return list(dict.fromkeys(command for page in PAGES if page != PIPELINE for command in commands(page)))
 
 
 def named_files(page: Path) -> dict[str, str]:
@@ -84,7 +86,7 @@ class Workspace:
         environment = os.environ | {"PATH": f"{executables}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         environment["XDG_CACHE_HOME"] = str(self.path / "cache")
         return subprocess.run(
-            command, shell=True, cwd=self.path, env=environment, capture_output=True, text=True, timeout=60
+            command, shell=True, cwd=self.path, env=environment, capture_output=True, text=True, timeout=120
         )
 
 
@@ -188,6 +190,20 @@ def anchors(page: Path) -> set[str]:
 def test_files_that_a_page_names_exist(page: Path) -> None:
     for name in re.findall(r"`([\w.]+/[\w./*]+\.(?:pyi?|md|yaml|sh|html))`", text_of(page)):
         assert list(ROOT.glob(name)), name
+
+
+REFUSED = {"train.precision": "bf16", "parallel.zero": "1", "parallel.context": "2"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_settings_that_the_readme_calls_unsupported_are_refused_and_no_others(page: str) -> None:
+    limits = text_of(ROOT / page).rpartition("\n## ")[2]
+    assert set(re.findall(r"^- .*?`([a-z_]+\.[a-z_]+)`", limits, re.MULTILINE)) == REFUSED.keys()
+    for key, value in REFUSED.items():
+        with pytest.raises(UserError, match=rf"^{key} is {value}"):
+            check_layout(load_settings(ROOT / "configs/demo.yaml", [f"{key}={value}"]), 4)
+    for recompute in ("selective", "full"):
+        check_layout(load_settings(ROOT / "configs/demo.yaml", [f"parallel.recompute={recompute}"]), 4)
 
 
 def test_pictures_are_small() -> None:

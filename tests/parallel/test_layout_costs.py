@@ -24,11 +24,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor without sequence parallelism": {"tensor": 2, "sequence_parallel": False},
     "pipeline": {"pipeline": 2},
     "data": {"data": 2},
+    "tensor with recomputation": {"tensor": 2, "recompute": "full"},
     "tensor of four": {"tensor": 4},
     "tensor of four without sequence parallelism": {"tensor": 4, "sequence_parallel": False},
     "pipeline of four, uneven": {"pipeline": 4, "split": [2, 1, 1, 0]},
     "tensor and pipeline": {"tensor": 2, "pipeline": 2},
-    "tensor and pipeline without sequence parallelism": {"tensor": 2, "pipeline": 2, "sequence_parallel": False},
+    "tensor and pipeline without sequence parallelism, with recomputation": {
+        "tensor": 2,
+        "pipeline": 2,
+        "sequence_parallel": False,
+        "recompute": "full",
+    },
     "data and pipeline": {"data": 2, "pipeline": 2},
     "data and tensor": {"data": 2, "tensor": 2},
 }
@@ -116,7 +122,7 @@ def count_block(tensor: int, sequence_parallel: bool) -> list[tuple[int, float]]
     """Operations and bytes of a block's forward and of its backward."""
     settings = settings_of("gpt2", "tensor")
     mesh = build_mesh(tensor=tensor)["tensor"]
-    options = {"mesh": mesh, "sequence_parallel": sequence_parallel, "dtype": torch.float32, "device": None}
+    options: dict[str, Any] = {"mesh": mesh, "sequence_parallel": sequence_parallel, "dtype": torch.float32, "device": None}
     config = model_config(settings.model | {"resid_pdrop": 0.0, "attn_pdrop": 0.0})
     block = Block(config, 0, **options)
     defer_partial_gradients(block)
