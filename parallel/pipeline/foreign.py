@@ -44,7 +44,7 @@ class _Linear(torch.autograd.Function):
         def work() -> None:
             # The saved weight may be a stand-in made by activation checkpointing: the parameter is the layer's.
             if needs_weight:
-                accumulate_gradient(layer.weight, _weight_gradient(gradient, x, layer.weight.dtype))
+                _accumulate_weight(layer.weight, gradient, x)
             if needs_bias:
                 accumulate_gradient(layer.bias, _rows(gradient).sum(0).to(layer.bias.dtype))
 
@@ -53,8 +53,16 @@ class _Linear(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (_rows(gradient).t() @ _rows(x).to(gradient.dtype)).to(dtype)
+
+
+def _accumulate_weight(weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
+    """Add the product to the gradient in one pass over it, where the precisions agree."""
+    if weight.grad is not None and weight.grad.dtype == gradient.dtype == x.dtype:
+        weight.grad.addmm_(_rows(gradient).t(), _rows(x))
+    else:
+        accumulate_gradient(weight, _weight_gradient(gradient, x, weight.dtype))

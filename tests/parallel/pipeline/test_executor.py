@@ -299,3 +299,15 @@ def wrong_use(use: int) -> None:
 def test_wrong_uses_are_named(pool: Pool, use: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pool.run(1, wrong_use, use)
+
+
+def tied_in_a_vee() -> Outcome:
+    """First and last stage on one rank, each with a parameter object of its own; another holder on the other rank."""
+    modules = tied_modules(4, tie=False)
+    shared = {index: {"embedding": "weight"} for index in (0, 1, 3)}
+    return run_pipeline(build_schedule("zb-v", 2, 3), modules, [step_of(3, 1), step_of(3, 2)], shared=shared)
+
+
+def test_shared_parameters_may_lie_on_one_rank(pool: Pool) -> None:
+    serial = run_serial(tied_modules(4, tie=True), [step_of(3, 1), step_of(3, 2)])
+    assert_equal(pool.run(2, tied_in_a_vee), serial)
