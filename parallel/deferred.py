@@ -48,8 +48,17 @@ class WeightGradientQueue:
 
 
 def accumulate_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to `parameter.grad` in place, as autograd would."""
+    """Add to `parameter.grad` in place, as autograd would, in the precision that the parameter asks for."""
     if parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = gradient.to(gradient_dtype(parameter))
     else:
         parameter.grad.add_(gradient)
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The precision in which a parameter collects its gradient: `parameter.grad_dtype`, by default its own.
+
+    With `parameter.grad_dtype = torch.float32` a bfloat16 parameter sums its microbatches' gradients in float32.
+    """
+    wanted: torch.dtype | None = parameter.grad_dtype if parameter.is_leaf else None  # type: ignore[attr-defined]
+    return wanted or parameter.dtype

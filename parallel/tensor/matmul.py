@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from weft.parallel.deferred import WeightGradientQueue, accumulate_gradient
+from weft.parallel.deferred import WeightGradientQueue, accumulate_gradient, gradient_dtype
 from weft.parallel.exchange import start_all_gather, start_all_reduce, start_reduce_scatter
 
 SEQUENCE_DIM = -2
@@ -160,13 +160,17 @@ def _weight_gradient(
 ) -> Tensor | None:
     """`gradient^T x` over all tokens; put off when the queue records and the weight is a parameter."""
     if queue is not None and queue.recording and isinstance(parameter, nn.Parameter):
-        queue.put(lambda: accumulate_gradient(parameter, _product(gradient, x)))
+        queue.put(lambda: accumulate_gradient(parameter, outer_product(gradient, x, gradient_dtype(parameter))))
         return None
-    return _product(gradient, x)
+    return outer_product(gradient, x, gradient_dtype(parameter))
 
 
-def _product(gradient: Tensor, x: Tensor) -> Tensor:
-    return _rows(gradient).t() @ _rows(x)
+def outer_product(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient^T x` over all tokens, in `dtype`; on a GPU without rounding to the factors' precision in between."""
+    left, right = _rows(gradient).t(), _rows(x)
+    if dtype == torch.float32 and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,8 +17,10 @@ from weft.parallel import (
     RowParallelLinear,
     WeightGradientQueue,
     count_traffic,
+    gather,
     gather_full,
     shardings,
+    split,
 )
 
 IN, OUT = 24, 36
@@ -368,3 +371,60 @@ def test_autocast_computes_in_its_precision_on_any_number_of_ranks(pool: Pool, s
         for gradient, expected in zip(gradients, plain, strict=True):
             assert gradient.dtype == torch.float32
             torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def differentiate_numerically(case: Case) -> None:
+    """gradcheck perturbs x and the weights, as their full selves, on all ranks at once."""
+    mesh = tensor_mesh()
+    sizes = (2, 6) if case.kind == "column" else (6, 2)
+    layer = KINDS[case.kind](*sizes, case.bias, mesh=mesh, **case.options())
+    declared = shardings(layer)
+    probe = drawn(6, sizes[1], seed=5)
+    scattered, features = {"dim": -2, "wanted": case.sequence_parallel}, {"dim": -1, "wanted": not case.outer}
+    takes, gives = (scattered, features) if case.kind == "column" else (features, scattered)
+
+    def whole(full: Tensor, *weights: Tensor) -> Tensor:
+        """⟨probe, layer(full)⟩ over all ranks."""
+        shards = (
+            value if sharding.dim is None else split(value, mesh, sharding.dim)
+            for value, sharding in zip(weights, declared.values(), strict=True)
+        )
+        x = split(full, mesh, takes["dim"]) if takes["wanted"] else full
+        y = torch.func.functional_call(layer, dict(zip(declared, shards, strict=True)), (x,))
+        y = gather(y, mesh, gives["dim"]) if gives["wanted"] else y
+        return (y * probe).sum()
+
+    weights = [gather_full(layer.get_parameter(name), sharding) for name, sharding in declared.items()]
+    inputs = [tensor.requires_grad_() for tensor in (drawn(6, sizes[0], seed=3), *weights)]
+    assert torch.autograd.gradcheck(whole, inputs, fast_mode=True), case
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gradients_are_those_of_finite_differences(pool: Pool, ranks: int) -> None:
+    for kind, bias, sequence_parallel, outer in product(KINDS, *[(True, False)] * 3):
+        pool.run(ranks, differentiate_numerically, Case(kind, bias, sequence_parallel, outer))
+
+
+def collect_in_float32() -> None:
+    for kind in KINDS:
+        for deferred in (False, True):
+            layer = KINDS[kind](IN, OUT, mesh=tensor_mesh(), dtype=torch.bfloat16)
+            layer.weight.grad_dtype = torch.float32
+            queue = layer.weight_gradient_queue = WeightGradientQueue()
+            x = part(drawn(2, 12, IN, dtype=torch.bfloat16), layer.mesh, -1, wanted=kind == "row")
+            for _ in range(2):
+                total = layer(x).sum()
+                if deferred:
+                    with queue.record():
+                        total.backward()
+                    queue.take()()
+                else:
+                    total.backward()
+            assert layer.weight.grad.dtype == torch.float32
+            expected = 2 * x.double().sum((0, 1)).expand(layer.weight.shape)
+            torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weight_gradients_are_collected_in_the_precision_that_the_weight_asks_for(pool: Pool, ranks: int) -> None:
+    pool.run(ranks, collect_in_float32)
