@@ -136,8 +136,8 @@ def test_command_names_what_exists(command: str) -> None:
 
 def test_code_of_the_readme_gives_the_same_on_one_rank_and_on_two(workspace: Workspace) -> None:
     outputs = [workspace.run(command) for command in ("python mlp.py", "torchrun --nproc-per-node 2 mlp.py")]
-    norms = [re.findall(r"^\d+\.\d+$", output, re.MULTILINE) for output in outputs]
-    assert norms[1] == 2 * norms[0] != []
+    assert float(outputs[0]) > 0
+    assert outputs[1].count(outputs[0].strip()) == 2
     losses = re.findall(r"loss (\S+)", workspace.run("torchrun --nproc-per-node 2 stages.py"))
     assert float(losses[-1]) < float(losses[0]) / 4
 
