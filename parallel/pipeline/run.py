@@ -47,7 +47,7 @@ class ProgramRun:
         self._loss_weight = loss_weight
         self._before_last_backward = before_last_backward
         self._inboxes = {peer: Inbox(transport, peer, order, shapes) for peer, order in plan.incoming.items()}
-        self._outboxes = {peer: Outbox(transport, peer, shapes) for peer in plan.outgoing}
+        self._outboxes = {peer: Outbox(transport, peer) for peer in plan.outgoing}
         self._compute = {"F": self._forward, "B": self._backward, "I": self._backward_of_input, "W": self._of_weight}
         self._handed_over: dict[Value, list[Tensor]] = {}
         self._saved: dict[tuple[int, int], Saved] = {}

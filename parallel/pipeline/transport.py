@@ -91,7 +91,6 @@ class Shapes:
 
     def __init__(self, fixed: Mapping[int, PayloadSpec]) -> None:
         self._uniform: dict[int, PayloadSpec] = dict(fixed)
-        self._varying: dict[int, set[int]] = {}
         self._single: dict[tuple[int, int], PayloadSpec] = {}
 
     def of(self, stage: int, microbatch: int) -> PayloadSpec | None:
@@ -119,10 +118,9 @@ class Shapes:
 class Outbox:
     """The lane to one peer."""
 
-    def __init__(self, transport: Transport, peer: int, shapes: Shapes) -> None:
+    def __init__(self, transport: Transport, peer: int) -> None:
         self._transport = transport
         self._peer = peer
-        self._shapes = shapes
         self._sent: deque[tuple[Value, list[dist.Work], list[Tensor]]] = deque()
 
     def put(self, value: Value, tensors: Sequence[Tensor], header: bytes | None) -> None:
