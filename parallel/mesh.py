@@ -5,6 +5,7 @@ tensor coordinate are neighbours (tensor parallelism talks most, so it stays ins
 farthest apart. Every group is a slice of the grid: `mesh["tensor"]`, `mesh["pipeline"]`, …
 """
 
+import atexit
 import os
 from datetime import timedelta
 from math import prod
@@ -66,3 +67,11 @@ def _start_process_group(ranks: int, device_type: str, timeout: timedelta) -> No
     if ranks == 1 and "WORLD_SIZE" not in os.environ:
         options |= {"store": HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
+    if options["backend"] == "gloo":
+        atexit.register(_end_process_group)
+
+
+def _end_process_group() -> None:
+    """gloo's threads abort a process that leaves while they run, so scripts may forget to end what was started here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -122,7 +122,12 @@ def count_block(tensor: int, sequence_parallel: bool) -> list[tuple[int, float]]
     """Operations and bytes of a block's forward and of its backward."""
     settings = settings_of("gpt2", "tensor")
     mesh = build_mesh(tensor=tensor)["tensor"]
-    options: dict[str, Any] = {"mesh": mesh, "sequence_parallel": sequence_parallel, "dtype": torch.float32, "device": None}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "sequence_parallel": sequence_parallel,
+        "dtype": torch.float32,
+        "device": None,
+    }
     config = model_config(settings.model | {"resid_pdrop": 0.0, "attn_pdrop": 0.0})
     block = Block(config, 0, **options)
     defer_partial_gradients(block)
