@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.launch.optimizer import build_optimizer, learning_rate
+from weft.launch.schedules import load_schedule, one_microbatch
 from weft.launch.sections import Settings
 from weft.model.config import ModelConfig
 from weft.model.decoder import DecoderStage, initial_distribution
@@ -23,7 +24,6 @@ from weft.parallel import (
     PipelineExecutor,
     PipelineStage,
     Schedule,
-    build_schedule,
     clip_gradients,
     counted_parameters,
     defer_partial_gradients,
@@ -73,10 +73,7 @@ class Engine:
         self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
         self.device = torch.device(mesh.device_type)
         self.microbatches = settings.batch.global_size // (settings.batch.micro_size * self.data.size())
-        parallel = settings.parallel
-        self.schedule = build_schedule(
-            parallel.schedule, self.pipeline.size(), self.microbatches, parallel.stages_per_rank
-        )
+        self.schedule = load_schedule(settings.parallel, self.microbatches)
         self.stages = self._build_stages(dtype)
         self.buckets = {stage.index: self._build_buckets(stage) for stage in self.stages}
         self.executor = self._build_executor(self.schedule)
@@ -128,10 +125,8 @@ class Engine:
     def generate(self, prompt: Sequence[int], *, new_tokens: int, temperature: float, top_k: int) -> list[int]:
         """Go on from a prompt, the same on every rank; see `weft.model.generate`."""
         self._set_mode(training=False)
-        parallel = self.settings.parallel
-        one = build_schedule(parallel.schedule, self.pipeline.size(), 1, parallel.stages_per_rank)
         return generate(
-            self._build_executor(one),
+            self._build_executor(one_microbatch(self.schedule)),
             prompt,
             new_tokens=new_tokens,
             vocab_size=self.config.vocab_size,

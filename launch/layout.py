@@ -1,6 +1,5 @@
 """Whether a layout fits: the world, the batch, the sequence, the layers and the schedule divide as they must."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.launch.errors import UserError
@@ -68,8 +67,7 @@ def check_layout(settings: Settings, world_size: int) -> None:
     model = _model_config(settings)
     _check_tensor(settings, model)
     _check_sequence(settings, model)
-    _check_split(settings, model)
-    _check_schedule(settings, count)
+    _check_split(settings, model, _stages(settings, count))
 
 
 def _check_available(settings: Settings) -> None:
@@ -109,27 +107,24 @@ def _check_sequence(settings: Settings, model: "ModelConfig") -> None:
         )
 
 
-def _check_split(settings: Settings, model: "ModelConfig") -> None:
+def _check_split(settings: Settings, model: "ModelConfig", stages: int) -> None:
     from weft.model.split import split_layers
 
     parallel = settings.parallel
-    stages = parallel.pipeline * parallel.stages_per_rank
     try:
         split_layers(model, stages, None if parallel.split == "auto" else parallel.split)
     except ValueError as error:
         raise UserError(f"parallel.pipeline is {parallel.pipeline}: {error}.") from None
 
 
-def _check_schedule(settings: Settings, count: int) -> None:
-    from weft.parallel.pipeline.schedules import build_schedule
+def _stages(settings: Settings, count: int) -> int:
+    """Stages of the schedule, which some schedules set themselves."""
+    from weft.launch.schedules import load_schedule
 
-    parallel = settings.parallel
-    if parallel.schedule.endswith(".csv") and not Path(parallel.schedule).is_file():
-        raise UserError(f"parallel.schedule is {parallel.schedule}, but there is no such file.")
     try:
-        build_schedule(parallel.schedule, parallel.pipeline, count, parallel.stages_per_rank)
+        return load_schedule(settings.parallel, count).stages
     except ValueError as error:
-        raise UserError(f"parallel.schedule is {parallel.schedule}: {error}.") from None
+        raise UserError(f"parallel.schedule is {settings.parallel.schedule}: {error}.") from None
 
 
 def _model_config(settings: Settings) -> "ModelConfig":

@@ -8,6 +8,7 @@ and sequence parallelism; microbatch counts, precisions, key-value heads and spl
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from weft.launch.sections import Settings
 from weft.launch.settings import build_settings
 from weft.model.config import model_config
 from weft.model.decoder import initial_distribution
-from weft.parallel import build_mesh, gather_full, initialize
+from weft.parallel import build_mesh, build_schedule, gather_full, initialize, write_schedule
 from weft.parallel.sharding import sharded_parameters
 
 STEPS, SEQUENCE, SEED = 5, 12, 7
@@ -303,6 +304,12 @@ def test_every_schedule_with_and_without_recompute(pool: Pool, schedule: str) ->
     check(pool, [replace(case, recompute=recompute) for recompute in ("none", "selective", "full")])
     both = replace(case, layout=Layout(tensor=2, pipeline=2), sequence_parallel=True, family="gpt2", kv_heads=12)
     check(pool, [replace(both, tied=False, recompute="full"), replace(both, microbatches=1)])
+
+
+def test_a_schedule_from_a_file(pool: Pool, tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    write_schedule(build_schedule("zb-v", 2, 3), table)
+    check(pool, [Case(Layout(tensor=2, pipeline=2), schedule=str(table), tied=True, kv_heads=4)])
 
 
 @pytest.mark.parametrize("vocabulary", [60, 61, 3])

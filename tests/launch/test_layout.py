@@ -70,7 +70,7 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"parallel": {"pipeline": 2, "split": [2, 1]}}, 2, ["parallel.split [2, 1]", "3 layers", "has 4"]),
         ({"parallel": {"pipeline": 2, "split": [4]}}, 2, ["parallel.split [4]", "2 stages"]),
         ({"parallel": {"schedule": "1f1c"}}, 1, ["parallel.schedule is 1f1c", "did you mean 1f1b?"]),
-        ({"parallel": {"schedule": "mine.csv"}}, 1, ["parallel.schedule is mine.csv", "no such file"]),
+        ({"parallel": {"schedule": "mine.csv"}}, 1, ["parallel.schedule is mine.csv", "cannot be read"]),
         ({"parallel": {"schedule": "gpipe", "stages_per_rank": 2}}, 1, ["gpipe", "one stage per rank, not 2"]),
         ({"parallel": {"context": 2}}, 2, ["parallel.context is 2; this version supports 1"]),
         ({"parallel": {"zero": 1}}, 1, ["parallel.zero is 1; this version supports 0"]),
