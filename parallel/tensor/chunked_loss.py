@@ -45,7 +45,7 @@ def linear_cross_entropy(
     result a scalar, `[…]` for "none". `vocab_size`: the columns beyond it are padding. `chunk`: None takes as many
     tokens as there are hidden features, so that a chunk's logits are as large as the weight.
 
-    Memory beside the gradients: about three times a chunk's logits. The weight's gradient is summed over the chunks in
+    Memory beside the gradients: a chunk's logits in float32. The weight's gradient is summed over the chunks in
     float32 at least and given out in the weight's `grad_dtype`.
     Communication: forward, one all-gather of three numbers per token (five with label smoothing), and the all-gather of
     x under sequence parallelism; backward, one all-reduce (reduce-scatter) of x's gradient.
@@ -92,7 +92,7 @@ class _Loss:
     def of(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Any]:
         logits = F.linear(x, weight, bias)
         logits[:, self.held :] = -torch.inf
-        return token_losses(logits, targets, self.mesh, self.ignore_index, self.label_smoothing)
+        return token_losses(logits, targets, self.mesh, self.ignore_index, self.label_smoothing, overwrite=True)
 
     def parts(self, *tensors: Tensor) -> Any:
         return zip(*(tensor.split(self.chunk) for tensor in tensors), strict=True)
@@ -156,6 +156,7 @@ class _ScalarLoss(torch.autograd.Function):
             total += losses.sum()
             if any(needs):
                 gradients.add(rows, logit_gradient(softmax, share.expand_as(losses), loss.label_smoothing))
+            del softmax  # before the next chunk's logits
         ctx.gradients, ctx.collected = gradients, collected
         return total * share
 
@@ -187,4 +188,5 @@ class _TokenLosses(torch.autograd.Function):
         for rows, wished, upstream in ctx.loss.parts(x, targets, gradient):
             _, softmax = ctx.loss.of(rows, weight, bias, wished)
             gradients.add(rows, logit_gradient(softmax, upstream, ctx.loss.label_smoothing))
+            del softmax  # before the next chunk's logits
         return *gradients.given(ctx.collected), None, None, None

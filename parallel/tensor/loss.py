@@ -92,20 +92,29 @@ class Softmax(NamedTuple):
 
 
 def token_losses(
-    logits: Tensor, targets: Tensor, mesh: DeviceMesh, ignore_index: int, label_smoothing: float
+    logits: Tensor,
+    targets: Tensor,
+    mesh: DeviceMesh,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Softmax]:
-    """Loss per token, `log Σ exp z − (1 − ε) z_target − ε mean z`, without autograd; one all-gather."""
+    """Loss per token, `log Σ exp z − (1 − ε) z_target − ε mean z`, without autograd; one all-gather.
+
+    With `overwrite` the probabilities may be written over the logits.
+    """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # a rank whose columns are all padding has no largest logit
     largest = z.amax(-1).clamp_min(torch.finfo(z.dtype).min)
-    exponentials = (z - largest.unsqueeze(-1)).exp_()
     column, owned = _local_targets(targets, logits.shape[-1], mesh)
     chosen = z.gather(-1, column).squeeze(-1).masked_fill(~owned, 0.0)
-    terms = [largest, exponentials.sum(-1), chosen]
-    padding = None
+    padding, smoothing = None, []
     if label_smoothing:
         padding = z.isneginf()
-        terms += [z.masked_fill(padding, 0.0).sum(-1), (~padding).sum(-1).to(z.dtype)]
+        smoothing = [z.masked_fill(padding, 0.0).sum(-1), (~padding).sum(-1).to(z.dtype)]
+    exponentials = torch.sub(z, largest.unsqueeze(-1), out=z if overwrite else None).exp_()
+    terms = [largest, exponentials.sum(-1), chosen, *smoothing]
     every = _from_every_rank(torch.stack(terms), mesh)  # [ranks, terms, tokens]
 
     highest = every[:, 0].amax(0)
