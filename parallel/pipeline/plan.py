@@ -12,7 +12,7 @@ class Planned:
 
     Attributes:
         post: (peer, count): so many more receives from `peer` are to be posted before the action runs. They are those
-            of this action, of the next one, and what the peer sends before them.
+            of this action, of the next one if there is room for it, and what the peer sends before them.
         takes: the value of a neighbouring stage that the action needs, if any.
         source: the peer that sends it; None when it comes from this rank.
         release: (peer, count): once that value is here, so many of the sends to `peer` are known to have been taken.
@@ -51,8 +51,9 @@ def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
                 holder = schedule.placement[value.stage]
                 planned.takes = value
                 planned.source = holder if holder != rank else None
+    full = _without_room(program, {transfer.value for lane in incoming.values() for transfer in lane})
     for peer, lane in incoming.items():
-        _plan_posts(plan, peer, lane)
+        _plan_posts(plan, peer, lane, full)
     for peer, lane in outgoing.items():
         for transfer in lane:
             plan[transfer.produced_by].destinations.append(peer)
@@ -61,12 +62,32 @@ def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
     return RankPlan(plan, values, sorted(outgoing))
 
 
-def _plan_posts(plan: list[Planned], peer: int, lane: list[Transfer]) -> None:
-    """Post each receive one action ahead of its use; what the peer sends before it has to be posted before it."""
+def _without_room(program: list[Action], received: set[Value]) -> set[int]:
+    """The actions during which the rank holds as many received activations as it ever has to.
+
+    It holds them from their forward to the end of their B or W. A buffer for one more would be memory that the table
+    does not need, so its receive is not posted while such an action runs.
+    """
+    held, during = 0, []
+    for action in program:
+        counts = Value("act", action.stage - 1, action.microbatch) in received
+        held += counts and action.kind == "F"
+        during.append(held)
+        held -= counts and action.kind in "BW"
+    return {index for index, count in enumerate(during) if count == max(during)}
+
+
+def _plan_posts(plan: list[Planned], peer: int, lane: list[Transfer], full: set[int]) -> None:
+    """Post each receive one action ahead of its use, those of activations only where there is room for them.
+
+    What the peer sends before it has to be posted before it.
+    """
     posted = 0
     last_needed: dict[int, int] = {}
     for count, transfer in enumerate(lane, start=1):
         at = max(0, transfer.needed_by - 1)
+        if transfer.value.name == "act" and at in full:
+            at = transfer.needed_by
         last_needed[at] = max(last_needed.get(at, 0), count)
     for at in sorted(last_needed):
         if last_needed[at] > posted:
