@@ -17,6 +17,7 @@ _COMMANDS = {
     "train": "weft.launch.train_command:train_command",
     "topology": "weft.launch.topology_command:topology_command",
     "schedule": "weft.launch.schedule_command:schedule_command",
+    "verify": "weft.launch.verify_command:verify_command",
 }
 
 

@@ -1,0 +1,171 @@
+"""A model of the user's own: `build(mesh)` in a module of theirs, and what else that module says about it.
+
+def build(mesh): ...                  # the model over the tensor ranks of `mesh`; where there is one, the plain model
+def batch(): ...                      # optional: (args, kwargs) of the forward, batch in dim 0
+def loss(output): ...                 # optional: a scalar, the mean over the rows
+def gradient_norm(model, mesh): ...   # optional: the user's own, to be verified
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.launch.optimizer import build_optimizer
+from weft.launch.sections import OptimizerSettings
+from weft.launch.verify.layout import Layout, Plan, grids
+from weft.launch.verify.subject import UnfitError
+from weft.launch.verify.trace import floating_tensors
+from weft.parallel import counted_parameters, gradient_norm
+from weft.parallel.sharding import Sharding, sharded_parameters
+
+SEED = 1234
+
+Batch = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """The model that `module:function` builds; `batch` is what every layout is fed with."""
+
+    module: str
+    function: str
+    steps: int
+    batch: Batch
+    output_name: str = "output"
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}:{self.function}"
+
+    @property
+    def rows(self) -> int:
+        """Size of the batch."""
+        return next((value.shape[0] for value in _tensors(self.batch) if value.dim()), 1)
+
+    def plan(self, processes: int) -> Plan:
+        """Every data × tensor size."""
+        plan = Plan()
+        for grid in grids(processes):
+            if grid.pipeline > 1:
+                continue
+            if self.rows % grid.data:
+                plan.skip(grid.sizes, f"The batch of {self.rows} rows does not divide over data {grid.data}.")
+            else:
+                plan.layouts.append(grid)
+        return plan
+
+    def build(
+        self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, *, microbatches: int | None = None
+    ) -> "OwnRun":
+        torch.manual_seed(SEED)
+        own = import_module(self.module)
+        try:
+            # drawn in torch's default float32, so that every precision starts from the same weights
+            model = getattr(own, self.function)(mesh["tensor"]).to(dtype)
+        except ValueError as error:
+            raise UnfitError(str(error)) from None
+        return OwnRun(own, model, mesh, dtype, self.batch)
+
+
+class OwnRun:
+    """The user's model on one rank, trained by AdamW; losses and gradients are averaged over data ranks."""
+
+    whole = True
+
+    def __init__(self, own: ModuleType, model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, batch: Batch) -> None:
+        self.model, self.tensor, self.data = model, mesh["tensor"], mesh["data"]
+        self.own_loss: float | None = None
+        self._own, self._dtype = own, dtype
+        self._arguments, self._keywords = own_rows(batch, self.data, dtype)
+        self._optimizer = build_optimizer(model.parameters(), OptimizerSettings())
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return [self.model]
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        tensors = _tensors((self._arguments, self._keywords))
+        return tuple(int((tensor >= 0).sum()) for tensor in tensors if not tensor.is_floating_point())
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
+        return sharded_parameters(self.model)
+
+    def output(self) -> Tensor | None:
+        """The first floating-point tensor that the model returns."""
+        self.model.eval()
+        with torch.no_grad():
+            return next(iter(floating_tensors(self._forward())), None)
+
+    def step(self, number: int) -> tuple[float, float]:
+        self.model.train()
+        self._optimizer.zero_grad()
+        loss = self._loss(self._forward()) / self.data.size()
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = loss.detach().clone()
+        self.own_loss = float(total) * self.data.size()
+        if self.data.size() > 1:
+            for tensor in (total, *(p.grad for p in self.model.parameters() if p.grad is not None)):
+                dist.all_reduce(tensor, group=self.data.get_group())
+        norm = self._gradient_norm()
+        self._optimizer.step()
+        return float(total), norm
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def _forward(self) -> Any:
+        with _default_dtype(self._dtype):
+            return self.model(*self._arguments, **self._keywords)
+
+    def _gradient_norm(self) -> float:
+        own = getattr(self._own, "gradient_norm", None)
+        if own is not None and own is not gradient_norm:  # weft's own may be imported there
+            return float(own(self.model, self.tensor))
+        return float(gradient_norm(counted_parameters([self.model], self.tensor), [self.tensor]))
+
+    def _loss(self, output: Any) -> Tensor:
+        own = getattr(self._own, "loss", None)
+        result = getattr(output, "loss", None) if own is None else own(output)
+        if result is None:
+            first = floating_tensors(output)[0]
+            result = first if first.numel() == 1 else first.square().mean()
+        return result  # type: ignore[no-any-return]
+
+
+def own_rows(batch: Batch, data: DeviceMesh, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    """This data rank's rows of every tensor that has as many as the first, in the precision of the run."""
+    arguments, keywords = batch
+    rows = next((value.shape[0] for value in _tensors(batch) if value.dim()), 1)
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            value = value.to(dtype)
+        return value.chunk(data.size())[data.get_local_rank()] if value.shape[:1] == (rows,) else value
+
+    return [own(value) for value in arguments], {name: own(value) for name, value in keywords.items()}
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    arguments, keywords = batch
+    return [value for value in (*arguments, *keywords.values()) if isinstance(value, Tensor)]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,70 @@
+"""weft's own engine with one mistake each, made where several ranks share the work; one process is right."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.launch.verify.config_model import ConfigModel, EngineRun
+from weft.launch.verify.layout import Layout
+from weft.parallel.tensor.partial import ShardedModule
+
+
+class ForgetsData(ConfigModel):
+    """Does not sum gradients over the data axis."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        for buckets in run.engine.buckets.values():
+            buckets.arm = buckets.finish = lambda: None  # type: ignore[method-assign]
+        return run
+
+
+class ForgetsTied(ConfigModel):
+    """Does not sum the gradients of the embedding and of the head that is tied to it."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        run.engine.executor.reduce_shared_gradients = lambda: None  # type: ignore[method-assign]
+        return run
+
+
+class ForgetsPartial(ConfigModel):
+    """Does not sum the gradients of norms under sequence parallelism."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        for module in run.modules:
+            for part in module.modules():
+                if isinstance(part, ShardedModule):
+                    part.shardings = {name: replace(s, partial_gradient=False) for name, s in part.shardings.items()}
+        return run
+
+
+class LosesLayer(ConfigModel):
+    """Drops the last layer where there are stages."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        layers: Any = run.modules[-1].get_submodule("layers")
+        if mesh["pipeline"].size() > 1 and "1" in layers:
+            del layers["1"]
+        return run
+
+
+class AddsUpWrongly(ConfigModel):
+    """Counts the loss of every microbatch but an only one twice, on tensor ranks."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        engine = run.engine
+        if mesh["tensor"].size() > 1 and engine.microbatches > 1:
+            right = engine.executor._loss_function
+
+            def twice(logits: Any, targets: Any) -> Tensor:
+                return 2 * right(logits, targets)
+
+            engine.executor._loss_function = twice
+        return run
