@@ -20,7 +20,7 @@ from weft.parallel.sharding import Sharding, sharded_parameters
 
 LARGEST_MICROBATCH = 2
 FEWEST_MICROBATCHES = 4
-STAGES_PER_RANK = (1, 2)
+STAGES_PER_RANK = (2, 1)  # in the order of trial: with one, an interleaved schedule is a plain one
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class ConfigModel:
                 try:
                     check_layout(arranged(self.settings, layout), layout.ranks)
                 except UserError as error:
-                    plan.skip(grid.sizes if layout.stages_per_rank == 1 else str(layout), str(error))
+                    plan.skip(
+                        grid.sizes if layout.stages_per_rank == 1 else f"{grid.sizes}, {layout.schedule}", str(error)
+                    )
                 else:
                     plan.layouts.append(layout)
         return plan
@@ -70,7 +72,7 @@ class ConfigModel:
                 yield replace(grid, schedule=schedule, stages_per_rank=stages, sequence_parallel=sequence_parallel)
 
     def _schedules(self, grid: Layout, plan: Plan) -> Iterator[tuple[str, int]]:
-        """The user's own schedule where it fits, and every other with the fewest stages that it takes."""
+        """The user's own schedule where it fits, and every other, with two stages per rank where it takes them."""
         parallel = self.settings.parallel
         if grid.pipeline == 1:
             yield "1f1b", 1

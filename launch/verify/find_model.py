@@ -4,7 +4,6 @@ import inspect
 import sys
 from contextlib import redirect_stdout
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from weft.launch.errors import UserError
-from weft.launch.verify.own_model import SEED, Batch, OwnModel
+from weft.launch.verify.own_model import SEED, Batch, OwnModel, import_from
 from weft.parallel import build_mesh
 
 
@@ -29,12 +28,11 @@ def find_model(text: str, *, steps: int, rows: int, sequence: int) -> OwnModel:
     """
     module, _, function = text.partition(":")
     function = function or "build"
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the report
-        own = _import(module, text)
+        own = _import(folder, module, text)
         _check_function(own, function, text)
-        return OwnModel(module, function, steps, _batch(own, function, text, rows, sequence))
+        return OwnModel(folder, module, function, steps, _batch(own, function, text, rows, sequence))
 
 
 def _check_function(own: ModuleType, function: str, text: str) -> None:
@@ -47,9 +45,9 @@ def _check_function(own: ModuleType, function: str, text: str) -> None:
         raise UserError(f"--model {text}: {own.__name__} has no function {function}; {remedy}")
 
 
-def _import(module: str, text: str) -> ModuleType:
+def _import(folder: str, module: str, text: str) -> ModuleType:
     try:
-        return import_module(module)
+        return import_from(folder, module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             raise UserError(
@@ -67,7 +65,7 @@ def _batch(own: ModuleType, function: str, text: str, rows: int, sequence: int) 
         torch.manual_seed(SEED)
         model = getattr(own, function)(mesh["tensor"])
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{function} returned a {type(model).__name__}, not a torch.nn.Module")
+            raise TypeError(f"{function} returned {type(model).__name__}, not a torch.nn.Module")
         torch.manual_seed(SEED)
         given = getattr(own, "batch", None)
         return given() if given is not None else made_up_batch(model, rows, sequence)  # type: ignore[no-any-return]

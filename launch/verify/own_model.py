@@ -6,6 +6,7 @@ def loss(output): ...                 # optional: a scalar, the mean over the ro
 def gradient_norm(model, mesh): ...   # optional: the user's own, to be verified
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +34,13 @@ Batch = tuple[Sequence[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class OwnModel:
-    """The model that `module:function` builds; `batch` is what every layout is fed with."""
+    """The model that `module:function` builds; `batch` is what every layout is fed with.
 
+    Attributes:
+        folder: where the module is found, if it is not installed.
+    """
+
+    folder: str
     module: str
     function: str
     steps: int
@@ -65,14 +71,21 @@ class OwnModel:
     def build(
         self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, *, microbatches: int | None = None
     ) -> "OwnRun":
+        own = import_from(self.folder, self.module)
         torch.manual_seed(SEED)
-        own = import_module(self.module)
         try:
             # drawn in torch's default float32, so that every precision starts from the same weights
             model = getattr(own, self.function)(mesh["tensor"]).to(dtype)
         except ValueError as error:
             raise UnfitError(str(error)) from None
         return OwnRun(own, model, mesh, dtype, self.batch)
+
+
+def import_from(folder: str, module: str) -> ModuleType:
+    """The module, from the folder or from where Python finds it."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return import_module(module)
 
 
 class OwnRun:

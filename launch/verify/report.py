@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from weft.launch.verify.diagnose import Finding
-from weft.launch.verify.measure import GRADIENT, INITIAL, OUTPUT, QUANTITIES, ROUNDING_FACTOR, TOLERANCE, Reading
+from weft.launch.verify.layout import Layout
+from weft.launch.verify.measure import GRADIENT, INITIAL, OUTPUT, QUANTITIES, ROUNDING_FACTOR, TOLERANCE, Reading, worst
 from weft.launch.verify.session import Report, Result
 
-LOG_WIDTH = 140  # characters, where there is no terminal to ask
+LOG_WIDTH = 150  # characters, where there is no terminal to ask
+NOTHING = Reading()  # of a quantity that the ranks of a layout do not hold
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -21,9 +23,7 @@ def print_report(report: Report, console: Console) -> None:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     console.print(_table(report))
-    for line in _skipped(report):
-        console.print(line, style="dim")
-    for line in _rounding(report):
+    for line in _notes(report):
         console.print(line, style="dim")
     for finding, layouts in _by_finding(report):
         console.print(_told(finding, layouts))
@@ -55,12 +55,13 @@ def _table(report: Report) -> Table:
     )
     table.add_column("layout")
     table.add_column("precision", style="dim")
-    for what in _columns(report):
+    columns = _columns(report)
+    for what in columns:
         table.add_column(report.output_name if what == OUTPUT else what, justify="right")
     table.add_column("worst gradient", overflow="fold")
     table.add_column("verdict")
-    for result in report.results:
-        for row in _rows(result, _columns(report)):
+    for group in _groups(report.results):
+        for row in _rows(group, columns):
             table.add_row(*row)
     return table
 
@@ -72,22 +73,44 @@ def _columns(report: Report) -> list[str]:
     return [what for what in QUANTITIES if what != INITIAL or not drawn_right]
 
 
-def _rows(result: Result, columns: list[str]) -> Iterator[list[Text | str]]:
-    verdict = Text(result.verdict, style="green" if result.verdict == "right" else "bold red")
-    if not result.readings:
-        yield [str(result.layout), "", *[""] * (len(columns) + 1), verdict]
-    for number, (precision, readings) in enumerate(result.readings.items()):
-        layout, shown = (result.layout.variant, Text()) if number else (result.layout.sizes, verdict)
-        cells = [_cell(readings.get(what)) for what in columns]
-        worst = readings.get(GRADIENT, Reading()).parameter
-        yield [layout, precision, *cells, worst, shown]
+def _groups(results: list[Result]) -> list[list[Result]]:
+    """What has a row of its own: each wrong layout, and right layouts that differ in their schedule alone."""
+    groups: dict[Layout | tuple[str, bool], list[Result]] = {}
+    for result in results:
+        layout = result.layout
+        key = (layout.sizes, layout.sequence_parallel) if result.verdict == "right" else layout
+        groups.setdefault(key, []).append(result)
+    return list(groups.values())
 
 
-def _cell(reading: Reading | None) -> Text:
-    if reading is None:
+def _rows(group: list[Result], columns: list[str]) -> Iterator[list[Text | str]]:
+    layout, verdict = group[0].layout, group[0].verdict
+    shown = Text(verdict, style="green" if verdict == "right" else "bold red")
+    variant = layout.variant if len(group) == 1 else f"{len(group)} schedules"
+    if len(group) > 1 and layout.sequence_parallel:
+        variant += ", sequence parallel"
+    if not group[0].readings:
+        yield [layout.sizes, variant, *[""] * (len(columns) + 1), shown]
+    for number, precision in enumerate(group[0].readings):
+        readings = {what: worst(r.readings[precision].get(what, NOTHING) for r in group) for what in columns}
+        cells = [_cell(readings[what]) for what in columns]
+        label, judged = (variant, Text()) if number else (layout.sizes, shown)
+        yield [label, precision, *cells, readings[GRADIENT].parameter, judged]
+
+
+def _cell(reading: Reading) -> Text:
+    if reading is NOTHING:
         return Text("–", style="dim")
     text = "0" if reading.error == 0 else f"{reading.error:.0e}"
     return Text(text, style="" if reading.right else "bold red")
+
+
+def _notes(report: Report) -> Iterator[str]:
+    schedules = dict.fromkeys(r.layout.schedule for r in report.results if r.layout.pipeline > 1)
+    if len(schedules) > 1:
+        yield f"schedules: {', '.join(schedules)}"
+    yield from _skipped(report)
+    yield from _rounding(report)
 
 
 def _skipped(report: Report) -> Iterator[str]:

@@ -1,0 +1,103 @@
+"""Which layouts `weft verify` tries, which it skips and why, and what is made smaller for it."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.launch.test_layout import settings
+from weft.launch.errors import UserError
+from weft.launch.layout import check_layout
+from weft.launch.settings import resolved
+from weft.launch.verify.config_model import ConfigModel, arranged, shrunk
+from weft.launch.verify.layout import Choice, Layout, Plan, grids
+from weft.parallel.pipeline.schedules import BUILDERS
+
+
+def plan(processes: int, **sections: Any) -> Plan:
+    given = settings(**sections)
+    return ConfigModel(given, shrunk(given, sequence=8, processes=processes), 1).plan(processes)
+
+
+@given(st.integers(1, 9))
+def test_every_arrangement_of_the_processes_is_tried_once(processes: int) -> None:
+    tried = [(grid.data, grid.tensor, grid.pipeline) for grid in grids(processes)]
+    assert len(set(tried)) == len(tried)
+    wanted = {
+        (data, tensor, pipeline)
+        for data, tensor, pipeline in product(range(1, processes + 1), repeat=3)
+        if 2 <= data * tensor * pipeline <= processes
+    }
+    assert set(tried) == wanted
+
+
+def test_schedules_and_sequence_parallelism_are_tried_where_they_matter() -> None:
+    layouts = plan(2).layouts
+    assert {layout.schedule for layout in layouts if layout.pipeline == 2} == set(BUILDERS)
+    assert [layout.sequence_parallel for layout in layouts if layout.tensor == 2] == [False, True]
+    assert len([layout for layout in layouts if layout.data == 2]) == 1
+
+
+def test_what_the_sizes_forbid_is_skipped_with_the_reason() -> None:
+    skipped = {skip.layout: skip.reason for skip in plan(4).skipped}
+    assert (
+        skipped["tensor 4"] == "parallel.tensor is 4: 6 attention heads do not divide over tensor 4; choose 1, 2 or 6."
+    )
+    assert skipped["data 3"].startswith("batch.global_size is 32, which does not divide by data 3 ×")
+    assert "4 layers do not fill 8 pipeline stages" in skipped["pipeline 4, interleaved"]
+
+
+def test_the_users_own_schedule_and_split_are_kept_in_their_layout() -> None:
+    given = settings(parallel={"pipeline": 2, "schedule": "gpipe", "split": [3, 1]})
+    assert arranged(given, Layout(pipeline=2)).parallel.split == (3, 1)
+    assert arranged(given, Layout(pipeline=4)).parallel.split == "auto"
+    assert plan(2, parallel={"schedule": "gpipe"}).layouts[3].schedule == "gpipe"  # it comes first
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(1, 32), st.integers(2, 6))
+def test_what_is_made_smaller_divides_as_before(units: int, micro: int, length: int, wanted: int, ranks: int) -> None:
+    batch = {"global_size": units * micro, "micro_size": micro}
+    given = settings(batch=batch, corpus={"sequence_length": 5 * length})
+    small = shrunk(given, sequence=wanted, processes=ranks)
+    assert small.batch.global_size <= given.batch.global_size
+    assert min(wanted, 5 * length) <= small.corpus.sequence_length <= 5 * length
+    for number in range(1, ranks + 1):
+        assert (small.corpus.sequence_length % number == 0) >= (5 * length % number == 0)
+        assert (small.batch.global_size // small.batch.micro_size % number == 0) >= (units % number == 0)
+
+
+def test_a_layout_that_fits_fits_when_smaller_too() -> None:
+    given = settings()
+    small = shrunk(given, sequence=8, processes=4)
+    layouts = ConfigModel(given, small, 1).plan(4).layouts
+    assert len(layouts) >= 12
+    for layout in layouts:
+        check_layout(resolved(arranged(small, layout), layout.ranks), layout.ranks)
+
+
+def test_layouts_are_chosen_by_what_they_are() -> None:
+    layouts = plan(4).layouts
+    chosen = list(Choice(["tensor=2,pipeline=2,schedule=gpipe", "data=4"]).apply(layouts))
+    assert [str(layout) for layout in chosen] == [
+        "data 4",
+        "tensor 2 × pipeline 2, gpipe",
+        "tensor 2 × pipeline 2, gpipe, sequence parallel",
+    ]
+    assert list(Choice([]).apply(layouts)) == layouts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tenser=2", "--layouts tenser=2: 'tenser' is no part of a layout; choose from data, tensor, pipeline, "),
+        ("tensor=two", "--layouts tensor=two: tensor is 'two'; give a whole number."),
+        ("sequence_parallel=1", "--layouts sequence_parallel=1: sequence_parallel is '1'; give true or false."),
+        ("schedule", "--layouts schedule: schedule is ''; give a schedule's name."),
+    ],
+)
+def test_a_wrong_choice_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Choice([text])
+    assert str(error.value).startswith(message)
