@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 START_LIMIT = 120.0  # seconds for workers to import torch, on a busy machine
+CONNECT_LIMIT, CONNECT_ATTEMPTS = 20.0, 3  # seconds for workers to form a group, and how often they try
 GRACE = 5.0  # seconds for the other ranks to end after one failed
 DUMP_WAIT = 0.5  # seconds for a hanging worker to write its stack
 
@@ -64,11 +65,10 @@ class Pool:
         """
         if not 1 <= world_size <= self.size:
             raise ValueError(f"world size {world_size} is not within 1 … {self.size}, the size of the pool")
-        workers = self._start(world_size)
-        self._runs += 1
+        workers = self._connect(world_size, timeout)
         job = pickle.dumps((function, args, kwargs))
-        for rank, worker in enumerate(workers):
-            worker.send((rank, world_size, f"run{self._runs}", timeout, job))
+        for worker in workers:
+            worker.send(job)
         try:
             return self._collect(workers, timeout)
         finally:  # also when the test itself was interrupted: what still runs would answer the next run
@@ -78,6 +78,22 @@ class Pool:
         """Kill every worker."""
         self._drop(list(self._workers))
         self._directory.cleanup()
+
+    def _connect(self, world_size: int, timeout: float) -> "list[_Worker]":
+        """The workers that are ranks 0 … world_size - 1 of a fresh group.
+
+        On a crowded machine gloo's connections now and then fail or hang; then fresh workers try again.
+        """
+        for _ in range(CONNECT_ATTEMPTS):
+            workers = self._start(world_size)
+            self._runs += 1
+            for rank, worker in enumerate(workers):
+                worker.send((rank, world_size, f"run{self._runs}", timeout))
+            deadline = time.monotonic() + CONNECT_LIMIT
+            if all(worker.answers(deadline) and worker.receive() == "connected" for worker in workers):
+                return workers
+            self._drop(workers)
+        raise TimeoutError(f"the test workers formed no group in {CONNECT_ATTEMPTS} attempts of {CONNECT_LIMIT:.0f} s")
 
     def _start(self, count: int) -> "list[_Worker]":
         if self._store is None:
@@ -145,9 +161,13 @@ class _Worker:
         theirs.close()  # or the end of the worker would not end the pipe
         self.busy = True
 
-    def send(self, job: tuple[Any, ...]) -> None:
+    def send(self, message: Any) -> None:
         self.busy = True
-        self.connection.send(job)
+        self.connection.send(message)
+
+    def answers(self, deadline: float) -> bool:
+        """Wait for the worker's answer, or its end, until the deadline."""
+        return self.connection.poll(max(0.0, deadline - time.monotonic()))
 
     def receive(self) -> Any:
         """The worker's answer; when it died instead, that as an error from before every other rank's."""
@@ -188,21 +208,25 @@ def _serve(connection: Connection, port: int, stack_file: str) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     connection.send_bytes(pickle.dumps("ready"))
     while True:
-        rank, world_size, name, timeout, job = connection.recv()
+        rank, world_size, name, timeout = connection.recv()
         with _environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size):
             torch.manual_seed(0)
             torch.set_default_dtype(torch.float32)
             group = {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world_size}
-            connection.send_bytes(_answer(job, group | {"timeout": timedelta(seconds=timeout)}))
+            try:
+                dist.init_process_group("gloo", **group, timeout=timedelta(seconds=timeout))
+                dist.barrier()  # a rank that failed at once would break the connections that others still make
+            except RuntimeError:
+                connection.send_bytes(pickle.dumps("not connected"))
+                continue
+            connection.send_bytes(pickle.dumps("connected"))
+            connection.send_bytes(_answer(connection.recv()))
             _destroy_groups()
 
 
-def _answer(job: bytes, group: dict[str, Any]) -> bytes:
-    """Call the job's function in a new group; answer with its result, or with its exception and the time of it."""
-    import torch.distributed as dist
-
+def _answer(job: bytes) -> bytes:
+    """Call the job's function; answer with its result, or with its exception and the time of it."""
     try:
-        dist.init_process_group("gloo", **group)
         function, args, kwargs = pickle.loads(job)
         return pickle.dumps(("result", function(*args, **kwargs)))
     except BaseException as error:
