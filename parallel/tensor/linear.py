@@ -14,13 +14,14 @@ from weft.parallel.sharding import Sharding, replicated, take_shard
 from weft.parallel.tensor.divide import check_features
 from weft.parallel.tensor.matmul import column_matmul, row_matmul
 from weft.parallel.tensor.partial import ShardedModule
-from weft.parallel.tensor.shared_input import SharedInput
+from weft.parallel.tensor.region import Region
 
 
 class ParallelLinear(ShardedModule, nn.Linear):
     """What column- and row-parallel layers share: the shard's shape, its declaration, and the plain layer's weights."""
 
     weight_gradient_queue: WeightGradientQueue | None = None
+    region: Region | None = None  # set by `parallelize`
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, weight: Sharding, bias_sharding: Sharding, **factory: Any
@@ -80,14 +81,11 @@ class ColumnParallelLinear(ParallelLinear):
 
     `chunks`: sizes of projections fused along the output (q, k, v; gate, up), each split by itself.
     `replicas`: that many neighbouring ranks hold the same shard, and their gradients are summed.
-    `shared_input`: layers with the same one, called with the same x, share one reduction of its gradient.
 
     Raises:
         ValueError: `out_features`, or one of its `chunks`, does not divide over the ranks and is not gathered; chunks
             or replicas together with `gather_output`.
     """
-
-    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -116,9 +114,12 @@ class ColumnParallelLinear(ParallelLinear):
         self.gather_output, self.sequence_parallel = gather_output, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        shared = self.shared_input is not None and self.shared_input.is_open
-        if self.shared_input is not None and shared:
-            x = self.shared_input.take(x)
+        region = self.region if self.region is not None and self.region.is_open else None
+        reduced_outside = region is not None and region.reduces
+        if region is not None:
+            x = region.take(x)
+            if not self.gather_output:
+                region.begin_split(x.device)
         (y,) = column_matmul(
             x,
             [self.matrix()],
@@ -126,7 +127,7 @@ class ColumnParallelLinear(ParallelLinear):
             mesh=self.mesh,
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,
-            reduce_input_gradient=not shared,
+            reduce_input_gradient=not reduced_outside,
         )
         # the last rank's columns beyond the full width are padding
         return gather(y, self.mesh, -1)[..., : self.full_out_features] if self.gather_output else y
@@ -176,5 +177,7 @@ class RowParallelLinear(ParallelLinear):
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,
         )
+        if self.region is not None:
+            self.region.end_split()
         bias = self.used("bias")
         return y if bias is None else y + bias.to(y.dtype)  # bias is float32 under autocast

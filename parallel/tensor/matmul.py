@@ -33,7 +33,7 @@ def column_matmul(
     """`x W_i^T + b_i` for each weight, x whole (or gathered along the sequence), output features split.
 
     Column layers that read the same input are one call, so that their input gradients share one reduction. Without
-    `reduce_input_gradient` the caller sums the input's gradient over the ranks (`SharedInput`).
+    `reduce_input_gradient` the caller sums the input's gradient over the ranks (`Region`).
 
     Shapes: x `[…, sequence, in]` (`[…, sequence / tensor, in]` under sequence parallelism), weights `[out_i / tensor,
     in]`, results `[…, sequence, out_i / tensor]`.

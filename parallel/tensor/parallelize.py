@@ -7,15 +7,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.tensor.heads import find_heads
-from weft.parallel.tensor.linear import ColumnParallelLinear
+from weft.parallel.tensor.linear import ColumnParallelLinear, ParallelLinear
 from weft.parallel.tensor.plans import Plan, Style, find_plan, matches
-from weft.parallel.tensor.shared_input import SharedInput
+from weft.parallel.tensor.region import Region
+from weft.parallel.tensor.sequence import split_sequence
 from weft.parallel.tensor.swap import Swap
 
 Match = tuple[str, nn.Module, Style]
 
 
-def parallelize(module: nn.Module, plan: Plan | None, mesh: DeviceMesh) -> nn.Module:
+def parallelize(
+    module: nn.Module, plan: Plan | None, mesh: DeviceMesh, *, sequence_parallel: bool = False
+) -> nn.Module:
     """Split `module` over the ranks of `mesh`, in place, and return it.
 
         parallelize(model, {"layers.*.mlp.up_proj": "column", "layers.*.mlp.down_proj": "row"}, mesh["tensor"])
@@ -31,7 +34,11 @@ def parallelize(module: nn.Module, plan: Plan | None, mesh: DeviceMesh) -> nn.Mo
 
     Attention keeps whole heads: attributes that count heads are made to count this rank's, and key-value heads that
     are fewer than ranks are replicated. Column layers of one module share the reduction of their input's gradient.
-    Parameters that were shared stay so.
+    Parameters that were shared stay so. Dropout between a column layer and its row layer differs between the ranks,
+    elsewhere it is the same: seed torch's generators alike on all ranks.
+
+    `sequence_parallel`: between the first and the last block of the model each rank holds a part of the sequence, which
+    must divide over the ranks. Cut a model into pipeline stages before, and parallelise the stages' `model`.
 
     Raises:
         ValueError: a pattern fits nothing, a style is unknown or does not suit its module, heads or features do not
@@ -45,8 +52,11 @@ def parallelize(module: nn.Module, plan: Plan | None, mesh: DeviceMesh) -> nn.Mo
     for name, child, style in found:
         swap(name, child, style, replicas.get(name, 1))
     _keep_shared(module, before, swap)
-    for parent, children in _by_parent(module, found):
-        _share_input(parent, [child for _, child, _ in children], mesh)
+    if sequence_parallel and mesh.size() > 1:
+        split_sequence(module, swap)
+    elif mesh.size() > 1:
+        for parent, children in _by_parent(module, found):
+            _make_region(parent, [child for _, child, _ in children], mesh)
     return module
 
 
@@ -81,13 +91,15 @@ def _by_parent(module: nn.Module, found: Iterable[Match]) -> Iterable[tuple[nn.M
     return [(module.get_submodule(name), children) for name, children in groups.items()]
 
 
-def _share_input(parent: nn.Module, children: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    columns = [child for child in children if isinstance(child, ColumnParallelLinear)]
-    if len(columns) > 1 and mesh.size() > 1:
-        shared = SharedInput(mesh)
-        shared.attach(parent)
-        for column in columns:
-            column.shared_input = shared
+def _make_region(parent: nn.Module, children: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    linears = [child for child in children if isinstance(child, ParallelLinear)]
+    columns = [child for child in linears if isinstance(child, ColumnParallelLinear)]
+    if len(columns) > 1 or any(not column.gather_output for column in columns):
+        # a single layer overlaps the reduction with its weight gradient
+        region = Region(mesh, shares_input=len(columns) > 1)
+        region.attach(parent)
+        for linear in linears:
+            linear.region = region
 
 
 def _owners(module: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -43,16 +43,24 @@ def check_whole_gradients(module: nn.Module, plain: nn.Module, what: str) -> Non
             close(gather_full(gradient, sharding), whole, f"{what}: {name}")
 
 
-def compare(names: list[str], dtype: torch.dtype, changes: dict[str, Any]) -> None:
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def compare(names: list[str], dtype: torch.dtype, sequence_parallel: bool) -> None:
     for name in names:
-        plain = build(name, dtype, **changes)
-        split = parallelize(copy.deepcopy(plain), None, tensor_mesh())
+        plain = build(name, dtype)
+        split = parallelize(copy.deepcopy(plain), None, tensor_mesh(), sequence_parallel=sequence_parallel)
+        lengths: set[int] = set()
+        blocks = next(module for module in split.modules() if isinstance(module, nn.ModuleList))
+        blocks[0].register_forward_hook(lambda block, given, x, seen=lengths: seen.add(_first(x).shape[1]))
         with exact(dtype):
             logits, loss = run(split, batch(name))
             expected_logits, expected_loss = run(plain, batch(name))
         close(logits, expected_logits, f"{name}: logits")
         close(loss, expected_loss, f"{name}: loss")
         check_whole_gradients(split, plain, name)
+        assert lengths == {8 // (tensor_mesh().size() if sequence_parallel else 1)}, name
         parameters = sum(p.numel() for p in split.parameters()), sum(p.numel() for p in plain.parameters())
         assert parameters[0] < (0.75 if tensor_mesh().size() == 2 else 0.6) * parameters[1], name
 
@@ -63,7 +71,23 @@ def test_logits_loss_and_every_gradient_are_those_of_the_whole_model(
     pool: Pool, ranks: int, dtype: torch.dtype
 ) -> None:
     """With four ranks, the two key-value heads are fewer than the ranks."""
-    pool.run(ranks, compare, list(MODELS), dtype, {}, timeout=240)
+    pool.run(ranks, compare, list(MODELS), dtype, False, timeout=240)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sequence_parallel_models_are_the_whole_ones_too(pool: Pool, ranks: int) -> None:
+    pool.run(ranks, compare, [*DECODERS, "bert"], torch.float64, True, timeout=240)
+
+
+def refuse_two_stacks() -> str:
+    with pytest.raises(ValueError, match="sequence_parallel") as caught:
+        parallelize(build("bart"), None, tensor_mesh(), sequence_parallel=True)
+    return str(caught.value)
+
+
+def test_an_encoder_decoder_is_not_sequence_parallel(pool: Pool) -> None:
+    for seen in pool.run(2, refuse_two_stacks):
+        assert "there are 2: ['model.encoder.layers', 'model.decoder.layers']" in seen
 
 
 def count_reductions(layers: int, recompute: bool) -> int:

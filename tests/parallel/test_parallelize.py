@@ -19,8 +19,9 @@ HIDDEN, HEADS, HEAD_DIM = 24, 12, 4
 class Attention(nn.Module):
     """Grouped-query attention as many write it: heads counted by attributes, one normalised by itself."""
 
-    def __init__(self, kv_heads: int, fused: bool = False) -> None:
+    def __init__(self, kv_heads: int, dropout: float) -> None:
         super().__init__()
+        self.dropout, self.residual_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
         self.num_heads, self.num_key_value_heads, self.head_dim = HEADS, kv_heads, HEAD_DIM
         self.num_key_value_groups = HEADS // kv_heads
         self.q_proj = nn.Linear(HIDDEN, HEADS * HEAD_DIM)
@@ -35,8 +36,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(batch, length, self.num_key_value_heads, HEAD_DIM)).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.num_key_value_heads, HEAD_DIM).transpose(1, 2)
         k, v = (heads.repeat_interleave(self.num_key_value_groups, 1) for heads in (k, v))
-        scores = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1)
-        return self.o_proj((scores @ v).transpose(1, 2).flatten(2))
+        scores = self.dropout((q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1))
+        return self.residual_dropout(self.o_proj((scores @ v).transpose(1, 2).flatten(2)))
 
 
 class GatedMLP(nn.Module):
@@ -60,11 +61,11 @@ class ScaledEmbedding(nn.Embedding):
 class Model(nn.Module):
     """Embedding and head share their weight; 50 tokens divide over no 3 or 4 ranks."""
 
-    def __init__(self, kv_heads: int = 2, *, recompute: bool = False) -> None:
+    def __init__(self, kv_heads: int = 2, *, recompute: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed = ScaledEmbedding(50, HIDDEN, padding_idx=7)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"norm": nn.LayerNorm(HIDDEN), "attn": Attention(kv_heads), "mlp": GatedMLP()})
+            nn.ModuleDict({"norm": nn.LayerNorm(HIDDEN), "attn": Attention(kv_heads, dropout), "mlp": GatedMLP()})
             for _ in range(2)
         )
         self.head = nn.Linear(HIDDEN, 50, bias=False)
@@ -343,3 +344,30 @@ def test_every_split_parameter_is_declared(pool: Pool) -> None:
         assert seen["layers.1.attn.o_proj.weight"] == (1, (HIDDEN, HEADS * HEAD_DIM), 1, False)
         assert seen["layers.1.attn.o_proj.bias"] == (None, (HIDDEN,), 1, False)
         assert seen["layers.1.attn.k_norm.bias"] == (None, (HEAD_DIM,), 1, True)
+
+
+def drop(recompute: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """What the attention's two dropouts keep, in each layer; the logits, a gradient, and a number drawn afterwards."""
+    model = parallelize(build(12, dropout=0.5, recompute=recompute), PLAN, tensor_mesh())
+    kept = []
+    for layer in model.layers:
+        for dropout in (layer["attn"].dropout, layer["attn"].residual_dropout):
+            dropout.register_forward_hook(lambda module, given, result: kept.append(result.detach() != 0))
+    torch.manual_seed(3)
+    logits = model(tokens())
+    logits.square().sum().backward()
+    return kept[:4], logits.detach(), model.layers[0]["norm"].weight.grad, torch.rand(())
+
+
+def test_dropout_differs_between_shards_and_agrees_elsewhere(pool: Pool) -> None:
+    (mine, logits, gradient, number), (theirs, *whole) = pool.run(2, drop, False)
+    for left, right in zip((logits, gradient, number), whole, strict=True):
+        assert torch.equal(left, right)
+    for layer in (0, 2):
+        agreement = (mine[layer] == theirs[layer]).double().mean()
+        assert abs(agreement - 0.5) < 0.1, "the heads of two ranks drop independently"
+        assert torch.equal(mine[layer + 1], theirs[layer + 1]), "replicated activations drop alike"
+    assert not torch.equal(mine[0], mine[2]), "two layers drop in different places"
+    _, again, gradient_again, _ = pool.run(2, drop, True)[0]
+    assert torch.equal(again, logits)
+    close(gradient_again, gradient, "a recomputed forward drops the same")
