@@ -20,6 +20,7 @@ from .pipeline.executor import StepResult as StepResult
 from .pipeline.schedules import build_schedule as build_schedule
 from .pipeline.schedules import forward_only as forward_only
 from .pipeline.search import search_schedule as search_schedule
+from .pipeline.simulate import Link as Link
 from .pipeline.simulate import ScheduleCosts as ScheduleCosts
 from .pipeline.simulate import simulate_schedule as simulate_schedule
 from .pipeline.split_stages import split_stages as split_stages

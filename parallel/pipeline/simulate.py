@@ -10,6 +10,24 @@ UNKNOWN = float("inf")
 
 
 @dataclass(frozen=True)
+class Link:
+    """The way from one rank to another: a send of n bytes takes `latency + n / bandwidth`.
+
+    Attributes:
+        latency: in the unit of the other costs.
+        bandwidth: bytes per unit of time.
+        queues: whether a send leaves only when the one before on this link has; if not, they share nothing.
+    """
+
+    latency: float = 0.0
+    bandwidth: float = float("inf")
+    queues: bool = True
+
+
+Send = float | Link
+
+
+@dataclass(frozen=True)
 class ScheduleCosts:
     """Time of each kind of action and of sending a value to another rank, in any one unit.
 
@@ -17,15 +35,17 @@ class ScheduleCosts:
         forward: one number for all stages, or one per stage; so are the next two.
         input_gradient: gradient of a stage's input.
         weight_gradient: gradient of its weights. A whole backward costs this and the input gradient together.
-        send: from the end of an action until its value is there for another rank; or a function of source and
-            destination rank.
+        send: from the end of an action until its value is there for another rank, a number or a `Link`; or a function
+            of source and destination rank that gives either.
+        send_bytes: the size of a value, for links: of a stage's output, and as much of its gradient.
         overlap: whether a rank computes while it sends. If not, it is held for as long as the send takes.
     """
 
     forward: float | Sequence[float] = 1.0
     input_gradient: float | Sequence[float] = 1.0
     weight_gradient: float | Sequence[float] = 1.0
-    send: float | Callable[[int, int], float] = 0.0
+    send: Send | Callable[[int, int], Send] = 0.0
+    send_bytes: float = 0.0
     overlap: bool = True
 
     def of_stages(self, stages: int) -> Mapping[str, Sequence[float]]:
@@ -36,10 +56,17 @@ class ScheduleCosts:
         whole = [i + w for i, w in zip(input_gradient, weight_gradient, strict=True)]
         return {"F": forward, "I": input_gradient, "W": weight_gradient, "B": whole}
 
-    def send_between(self, source: int, destination: int) -> float:
+    def link_between(self, source: int, destination: int) -> Link:
+        """The way between two ranks; one that takes no time from a rank to itself."""
         if source == destination:
-            return 0.0
-        return self.send(source, destination) if callable(self.send) else self.send
+            return Link()
+        send = self.send(source, destination) if callable(self.send) else self.send
+        return send if isinstance(send, Link) else Link(latency=send)
+
+    def send_between(self, source: int, destination: int) -> float:
+        """How long a send takes that waits for no other."""
+        link = self.link_between(source, destination)
+        return link.latency + self.send_bytes / link.bandwidth
 
 
 def _per_stage(name: str, cost: float | Sequence[float], stages: int) -> list[float]:
@@ -66,6 +93,20 @@ class _Slots:
         self.waiting: list[int | None] = [None] * microbatches
 
 
+class _Queue:
+    """A link on which each send waits until the one before has left."""
+
+    def __init__(self, link: Link, send_bytes: float) -> None:
+        self._latency = link.latency
+        self._busy = send_bytes / link.bandwidth
+        self._free = 0.0
+
+    def arrival(self, ready: float) -> float:
+        """When a value arrives that is ready to be sent at `ready`."""
+        self._free = max(self._free, ready) + self._busy
+        return self._free + self._latency
+
+
 class _Simulation:
     """Ranks run until they lack a value, and are woken by whoever gives it.
 
@@ -79,6 +120,8 @@ class _Simulation:
         self._action_costs = costs.of_stages(schedule.stages)
         names = {name for needed in NEEDS.values() for name, _ in needed}
         self._slots = {name: [_Slots(schedule.microbatches) for _ in schedule.placement] for name in names}
+        self._queues: dict[tuple[int, int], _Queue] = {}
+        self._arrivals: dict[tuple[str, int], dict[int, tuple[_Slots, _Queue]]] = {}
         self._needed = {kind: [self._needed_by(kind, s) for s in range(schedule.stages)] for kind in NEEDS}
         self._given = {kind: [self._given_by(kind, s) for s in range(schedule.stages)] for kind in GIVES}
         self._sending = {kind: [self._sending_after(kind, s) for s in range(schedule.stages)] for kind in GIVES}
@@ -119,8 +162,8 @@ class _Simulation:
                 ends.append(clock)
             end = clock
             for kind, stage, microbatch in block:
-                for slots in self._given[kind][stage]:
-                    slots.times[microbatch] = end
+                for slots, queue in self._given[kind][stage]:
+                    slots.times[microbatch] = end if queue is None else queue.arrival(end)
                     if (waiting := slots.waiting[microbatch]) is not None:
                         ready.append(waiting)
                 clock += self._sending[kind][stage]
@@ -128,16 +171,32 @@ class _Simulation:
         self._current[rank] = None
 
     def _needed_by(self, kind: str, stage: int) -> list[tuple[_Slots, float]]:
-        """The values that an action needs, and how long they take to arrive."""
-        place = self._schedule.placement
+        """The values that an action needs, and how long they take to arrive once they are in their slots."""
+        stages = len(self._schedule.placement)
         return [
-            (self._slots[name][stage + distance], self._costs.send_between(place[stage + distance], place[stage]))
+            self._way(name, stage + distance, self._schedule.placement[stage])
             for name, distance in NEEDS[kind]
-            if 0 <= stage + distance < len(place)
+            if 0 <= stage + distance < stages
         ]
 
-    def _given_by(self, kind: str, stage: int) -> list[_Slots]:
-        return [self._slots[name][stage] for name in GIVES[kind] if name in self._slots]
+    def _way(self, name: str, stage: int, user: int) -> tuple[_Slots, float]:
+        """Slots of a value for a rank that uses it: those of the value itself, or its arrivals through a queue."""
+        holder = self._schedule.placement[stage]
+        link = self._costs.link_between(holder, user)
+        if not link.queues or not self._costs.send_bytes / link.bandwidth:
+            return self._slots[name][stage], self._costs.send_between(holder, user)
+        queue = self._queues.setdefault((holder, user), _Queue(link, self._costs.send_bytes))
+        arrivals = self._arrivals.setdefault((name, stage), {})
+        slots, _ = arrivals.setdefault(user, (_Slots(self._schedule.microbatches), queue))
+        return slots, 0.0
+
+    def _given_by(self, kind: str, stage: int) -> list[tuple[_Slots, _Queue | None]]:
+        given: list[tuple[_Slots, _Queue | None]] = []
+        for name in GIVES[kind]:
+            if name in self._slots:
+                given.append((self._slots[name][stage], None))
+                given += self._arrivals.get((name, stage), {}).values()
+        return given
 
     def _sending_after(self, kind: str, stage: int) -> float:
         """How long the sends after an action hold its rank."""

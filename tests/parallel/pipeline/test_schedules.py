@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from weft.parallel import (
     Action,
+    Link,
     Schedule,
     ScheduleCosts,
     ScheduleError,
@@ -17,6 +18,7 @@ from weft.parallel import (
     simulate_schedule,
 )
 from weft.parallel.pipeline.schedules import BUILDERS
+from weft.parallel.pipeline.table import traffic
 
 ONE_STAGE = ("gpipe", "1f1b", "zb-h1", "zb-h2")
 TWO_STAGES = ("zb-v", "v-half", "dualpipe-v")
@@ -240,6 +242,46 @@ def test_costs_may_differ_by_stage_and_sends_may_hold_the_rank() -> None:
     assert free.boxes_of(0)[1].start == 1
     with pytest.raises(ValueError, match="forward has 3 costs for 2 stages"):
         simulate_schedule(schedule, ScheduleCosts(forward=[1.0, 2.0, 3.0]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(schedules(most_ranks=5, most_microbatches=6))
+def test_a_link_without_queue_costs_its_latency_and_bytes(schedule: Schedule) -> None:
+    def between(source: int, destination: int) -> Link:
+        return Link(0.25, bandwidth=source + 1.0, queues=False)
+
+    def number(source: int, destination: int) -> float:
+        return 0.25 + 2.0 / (source + 1)
+
+    linked = simulate_schedule(schedule, ScheduleCosts(send=between, send_bytes=2.0))
+    assert linked.boxes == simulate_schedule(schedule, ScheduleCosts(send=number)).boxes
+
+
+@settings(max_examples=30, deadline=None)
+@given(schedules(most_ranks=5, most_microbatches=6), st.sampled_from([0.5, 2.0, 5.0]))
+def test_sends_on_one_link_queue(schedule: Schedule, busy: float) -> None:
+    """Nothing starts before its value can have come: after its own send and, one by one, those before it."""
+    timeline = simulate_schedule(schedule, ScheduleCosts(send=Link(1.0, bandwidth=10.0), send_bytes=10.0 * busy))
+    starts = {box.action: box.start for box in timeline.boxes}
+    ends = {box.action: box.end for box in timeline.boxes}
+    if schedule.overlapped:  # a pair gives its values at its end
+        return
+    for (source, destination), lane in traffic(schedule).items():
+        arrivals, free = {}, 0.0
+        for transfer in lane:
+            free = max(free, ends[schedule.programs[source][transfer.produced_by]]) + busy
+            arrivals[schedule.programs[destination][transfer.needed_by]] = free + 1.0
+        assert all(starts[action] >= arrival - 1e-9 for action, arrival in arrivals.items())
+    free_links = simulate_schedule(schedule, ScheduleCosts(send=Link(1.0, 10.0, queues=False), send_bytes=10.0 * busy))
+    assert timeline.makespan >= free_links.makespan - 1e-9
+
+
+def test_a_full_link_sets_the_pace() -> None:
+    """gpipe on two ranks: forwards of 1, sends that hold the link for 3."""
+    timeline = simulate_schedule(
+        build_schedule("gpipe", 2, 3), ScheduleCosts(send=Link(latency=0.5, bandwidth=2.0), send_bytes=6.0)
+    )
+    assert [box.start for box in timeline.boxes_of(1)[:3]] == [1 + 3 + 0.5, 1 + 6 + 0.5, 1 + 9 + 0.5]
 
 
 def test_actions_read_and_write_their_text() -> None:
