@@ -25,6 +25,7 @@ from .pipeline.simulate import ScheduleCosts as ScheduleCosts
 from .pipeline.simulate import simulate_schedule as simulate_schedule
 from .pipeline.split_stages import split_stages as split_stages
 from .pipeline.stage import PipelineStage as PipelineStage
+from .pipeline.stage import WithSkips as WithSkips
 from .pipeline.table import Action as Action
 from .pipeline.table import Schedule as Schedule
 from .pipeline.table import ScheduleError as ScheduleError

@@ -92,14 +92,14 @@ def _check_order(schedule: Schedule) -> None:
     """Run every program as far as its needs allow; whatever is left can never run."""
     blocks = [list(schedule.blocks(rank)) for rank in range(schedule.ranks)]
     done: set[Value] = set()
-    position = _advance_all(blocks, schedule.stages, done)
+    position = _advance_all(blocks, schedule, done)
     waits = []
     for rank, of_rank in enumerate(blocks):
         if position[rank] == len(of_rank):
             continue
         block, *later = of_rank[position[rank] :]
-        action, value = _first_lack(block, schedule.stages, done) or (block[0], gives(block[0])[0])
-        giver = next((other for other_block in later for other in other_block if value in gives(other)), None)
+        action, value = _first_lack(block, schedule, done) or (block[0], gives(block[0], schedule)[0])
+        giver = next((other for other_block in later for other in other_block if value in gives(other, schedule)), None)
         if giver is not None:
             raise ScheduleError(f"rank {rank}: {action} comes before {giver}, whose result it needs")
         waits.append(f"rank {rank}: {action} waits for {describe(value)} from rank {schedule.placement[value.stage]}")
@@ -107,7 +107,7 @@ def _check_order(schedule: Schedule) -> None:
         raise ScheduleError("deadlock: " + "; ".join(waits))
 
 
-def _advance_all(blocks: list[list[tuple[Action, ...]]], stages: int, done: set[Value]) -> list[int]:
+def _advance_all(blocks: list[list[tuple[Action, ...]]], schedule: Schedule, done: set[Value]) -> list[int]:
     """Move each rank as far as values allow, visiting a rank again only when what it waited for has come."""
     position = [0] * len(blocks)
     waiting: dict[Value, int] = {}
@@ -116,11 +116,11 @@ def _advance_all(blocks: list[list[tuple[Action, ...]]], stages: int, done: set[
         rank = ready.pop()
         while position[rank] < len(blocks[rank]):
             block = blocks[rank][position[rank]]
-            lack = _first_lack(block, stages, done)
+            lack = _first_lack(block, schedule, done)
             if lack is not None:
                 waiting[lack[1]] = rank
                 break
-            for value in (value for action in block for value in gives(action)):
+            for value in (value for action in block for value in gives(action, schedule)):
                 done.add(value)
                 if value in waiting:
                     ready.append(waiting.pop(value))
@@ -128,9 +128,9 @@ def _advance_all(blocks: list[list[tuple[Action, ...]]], stages: int, done: set[
     return position
 
 
-def _first_lack(block: tuple[Action, ...], stages: int, done: set[Value]) -> tuple[Action, Value] | None:
+def _first_lack(block: tuple[Action, ...], schedule: Schedule, done: set[Value]) -> tuple[Action, Value] | None:
     """The first action of a block that cannot run, and the value that it lacks."""
-    lacks = ((action, value) for action in block for value in needs(action, stages) if value not in done)
+    lacks = ((action, value) for action in block for value in needs(action, schedule) if value not in done)
     return next(lacks, None)
 
 
@@ -156,19 +156,18 @@ def _check_rendezvous(schedule: Schedule) -> None:
                 entered[rank] = position[rank]
                 for peer, count in planned.post:
                     posted[peer, rank] += count
-            if planned.source is not None and planned.takes is not None:
-                lane = planned.source, rank
-                if place[lane, planned.takes] >= min(sent[lane], posted[lane]):
-                    break
-            for peer in planned.destinations:
+            received = [(value, (source, rank)) for value, source in planned.takes if source is not None]
+            if any(place[lane, value] >= min(sent[lane], posted[lane]) for value, lane in received):
+                break
+            for _, peer in planned.destinations:
                 sent[rank, peer] += 1
                 ready.append(peer)
             position[rank] += 1
     for rank, plan in enumerate(plans):
         if position[rank] < len(plan):
+            waits = " and ".join(describe(value) for value, source in plan[position[rank]].takes if source is not None)
             raise ScheduleError(
-                f"deadlock: rank {rank}: {plan[position[rank]].action} waits for a transfer from rank "
-                f"{plan[position[rank]].source} that never happens"
+                f"deadlock: rank {rank}: {plan[position[rank]].action} waits for {waits}, whose transfer never happens"
             )
     for (source, destination), count in posted.items():
         if count != sent[source, destination]:

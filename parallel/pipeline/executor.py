@@ -178,7 +178,7 @@ class PipelineExecutor:
             self._forward_plan if forward else self._plan,
             self._stages,
             self._transport,
-            Shapes(_fixed_specs(self._shapes, requires_grad=not forward)),
+            Shapes(_fixed_specs(self._shapes, requires_grad=not forward), self.schedule.skips),
             feed,
             loss_function=self._loss_function,
             loss_weight=self._loss_weight,

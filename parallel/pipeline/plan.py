@@ -13,18 +13,17 @@ class Planned:
     Attributes:
         post: (peer, count): so many more receives from `peer` are to be posted before the action runs. They are those
             of this action, of the next one if there is room for it, and what the peer sends before them.
-        takes: the value of a neighbouring stage that the action needs, if any.
-        source: the peer that sends it; None when it comes from this rank.
-        release: (peer, count): once that value is here, so many of the sends to `peer` are known to have been taken.
-        destinations: the ranks to which the action's output goes.
+        takes: the values of other stages that the action needs, each with the peer that sends it, or None when it
+            comes from this rank.
+        release: (peer, count): once those are here, so many of the sends to `peer` are known to have been taken.
+        destinations: what the action gives to other ranks, each with its receiver.
     """
 
     action: Action
     post: list[tuple[int, int]] = field(default_factory=list)
-    takes: Value | None = None
-    source: int | None = None
+    takes: list[tuple[Value, int | None]] = field(default_factory=list)
     release: list[tuple[int, int]] = field(default_factory=list)
-    destinations: list[int] = field(default_factory=list)
+    destinations: list[tuple[Value, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -46,34 +45,37 @@ def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
     incoming = {source: lane for (source, destination), lane in lanes.items() if destination == rank}
     outgoing = {destination: lane for (source, destination), lane in lanes.items() if source == rank}
     for planned in plan:
-        for value in needs(planned.action, schedule.stages):
+        for value in needs(planned.action, schedule):
             if value.stage != planned.action.stage:
                 holder = schedule.placement[value.stage]
-                planned.takes = value
-                planned.source = holder if holder != rank else None
-    full = _without_room(program, {transfer.value for lane in incoming.values() for transfer in lane})
+                planned.takes.append((value, holder if holder != rank else None))
+    full = _without_room(plan)
     for peer, lane in incoming.items():
         _plan_posts(plan, peer, lane, full)
     for peer, lane in outgoing.items():
         for transfer in lane:
-            plan[transfer.produced_by].destinations.append(peer)
-        _plan_releases(plan, peer, lane, schedule.programs[peer])
+            plan[transfer.produced_by].destinations.append((transfer.value, peer))
+        _plan_releases(plan, peer, lane, schedule)
     values = {peer: [transfer.value for transfer in lane] for peer, lane in incoming.items()}
     return RankPlan(plan, values, sorted(outgoing))
 
 
-def _without_room(program: list[Action], received: set[Value]) -> set[int]:
+def _without_room(plan: list[Planned]) -> set[int]:
     """The actions during which the rank holds as many received activations as it ever has to.
 
     It holds them from their forward to the end of their B or W. A buffer for one more would be memory that the table
     does not need, so its receive is not posted while such an action runs.
     """
     held, during = 0, []
-    for action in program:
-        counts = Value("act", action.stage - 1, action.microbatch) in received
-        held += counts and action.kind == "F"
+    received: dict[tuple[int, int], int] = {}
+    for planned in plan:
+        kind, stage, microbatch = planned.action
+        if kind == "F":
+            received[stage, microbatch] = sum(source is not None for _, source in planned.takes)
+            held += received[stage, microbatch]
         during.append(held)
-        held -= counts and action.kind in "BW"
+        if kind in "BW":
+            held -= received[stage, microbatch]
     return {index for index, count in enumerate(during) if count == max(during)}
 
 
@@ -86,7 +88,7 @@ def _plan_posts(plan: list[Planned], peer: int, lane: list[Transfer], full: set[
     last_needed: dict[int, int] = {}
     for count, transfer in enumerate(lane, start=1):
         at = max(0, transfer.needed_by - 1)
-        if transfer.value.name == "act" and at in full:
+        if not transfer.value.is_gradient and at in full:
             at = transfer.needed_by
         last_needed[at] = max(last_needed.get(at, 0), count)
     for at in sorted(last_needed):
@@ -95,14 +97,13 @@ def _plan_posts(plan: list[Planned], peer: int, lane: list[Transfer], full: set[
             posted = last_needed[at]
 
 
-def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], program: list[Action]) -> None:
+def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], schedule: Schedule) -> None:
     """A value from `peer` proves that `peer` has taken all that its program used before it made that value."""
-    made_at = {value: index for index, action in enumerate(program) for value in gives(action)}
+    program = schedule.programs[peer]
+    made_at = {value: index for index, action in enumerate(program) for value in gives(action, schedule)}
     released = 0
     for index, planned in enumerate(plan):
-        if planned.source != peer or planned.takes is None:
-            continue
-        horizon = made_at[planned.takes]
+        horizon = max((made_at[value] for value, source in planned.takes if source == peer), default=-1)
         count = released
         while count < len(lane) and lane[count].needed_by <= horizon and lane[count].produced_by < index:
             count += 1

@@ -10,11 +10,13 @@ from torch import Tensor
 from weft.parallel.pipeline.feed import Feed
 from weft.parallel.pipeline.payload import Nest, PayloadSpec, put_together, take_apart
 from weft.parallel.pipeline.plan import Planned, RankPlan
-from weft.parallel.pipeline.stage import PipelineStage, Saved, as_leaves
+from weft.parallel.pipeline.stage import PipelineStage, Saved, WithSkips, as_leaves
 from weft.parallel.pipeline.table import KINDS, Action, Schedule, Value
 from weft.parallel.pipeline.transport import Inbox, Outbox, Shapes, Transport
 
 LossFunction = Callable[[Any, Any], Tensor]
+Taken = dict[Value, list[Tensor]]
+Given = tuple[Value, list[Tensor], bytes | None]
 
 
 class ProgramRun:
@@ -68,12 +70,12 @@ class ProgramRun:
         action = planned.action
         for peer, count in planned.post:
             self._inboxes[peer].post(count)
-        tensors = self._take(planned)
+        taken = self._take(planned)
         if action in self._before_last_backward:
             self._before_last_backward[action]()
         self.starts.append(perf_counter())
         try:
-            given = self._compute[action.kind](action, tensors)
+            given = self._compute[action.kind](action, taken)
         except Exception as error:
             error.add_note(
                 f"{self._where()}: in the {KINDS[action.kind]} of microbatch {action.microbatch} on stage "
@@ -81,47 +83,62 @@ class ProgramRun:
             )
             raise
         self.ends.append(perf_counter())
-        if given is not None:
-            self._hand_on(planned, *given)
+        for value, tensors, header in given:
+            self._hand_on(planned, value, tensors, header)
 
-    def _take(self, planned: Planned) -> list[Tensor]:
-        if planned.takes is None:
-            return []
-        if planned.source is None:
-            return self._handed_over.pop(planned.takes)
-        tensors = self._inboxes[planned.source].take(planned.takes)
+    def _take(self, planned: Planned) -> Taken:
+        taken = {
+            value: self._handed_over.pop(value) if source is None else self._inboxes[source].take(value)
+            for value, source in planned.takes
+        }
         for peer, count in planned.release:
             self._outboxes[peer].release(count)
-        return tensors
+        return taken
 
     def _hand_on(self, planned: Planned, value: Value, tensors: list[Tensor], header: bytes | None) -> None:
-        if not planned.destinations:
+        peers = [peer for sent, peer in planned.destinations if sent == value]
+        if not peers:
             self._handed_over[value] = tensors
-        for peer in planned.destinations:
+        for peer in peers:
             self._outboxes[peer].put(value, tensors, header)
 
-    def _forward(self, action: Action, tensors: list[Tensor]) -> tuple[Value, list[Tensor], bytes | None] | None:
+    def _forward(self, action: Action, taken: Taken) -> list[Given]:
         _, index, microbatch = action
-        payload, leaves = self._payload(index, microbatch, tensors)
-        output = self._stages[index].forward(payload, self._feed.keywords[microbatch])
-        if index == self._schedule.stages - 1:
-            self._finish(microbatch, leaves, output)
-            return None
-        outputs, spec = take_apart(output)
-        if torch.is_grad_enabled():
-            self._saved[index, microbatch] = Saved(leaves, outputs)
-        return Value("act", index, microbatch), outputs, self._announce(index, microbatch, spec)
-
-    def _payload(self, index: int, microbatch: int, tensors: list[Tensor]) -> tuple[Nest, list[Tensor]]:
+        leaves = {value: as_leaves(tensors, self._spec(value).tensors) for value, tensors in taken.items()}
+        nests = {value.name: put_together(self._spec(value).structure, leaves[value]) for value in leaves}
         if index == 0:
             assert self._feed.inputs is not None
-            return self._feed.inputs[microbatch], []
-        spec = self._shapes.of(index - 1, microbatch)
-        assert spec is not None
-        leaves = as_leaves(tensors, spec.tensors)
-        return put_together(spec.structure, leaves), leaves
+            nests["act"] = self._feed.inputs[microbatch]
+        payload = nests.pop("act")
+        output = self._stages[index].forward(payload, {**self._feed.keywords[microbatch], **nests})
+        handed_on = self._handed_on(index, output)
+        if index == self._schedule.stages - 1:
+            self._finish(microbatch, leaves, output)
+            return []
+        apart = {Value(name, index, microbatch): take_apart(nest) for name, nest in handed_on.items()}
+        if torch.is_grad_enabled():
+            outputs = [tensor for tensors, _ in apart.values() for tensor in tensors]
+            self._saved[index, microbatch] = Saved(leaves, outputs)
+        uniform = self._feed.uniform and all(map(self._shapes.uniform, taken))
+        return [(value, tensors, self._announce(value, spec, uniform)) for value, (tensors, spec) in apart.items()]
 
-    def _finish(self, microbatch: int, leaves: list[Tensor], output: Nest) -> None:
+    def _spec(self, value: Value) -> PayloadSpec:
+        spec = self._shapes.of(value)
+        assert spec is not None
+        return spec
+
+    def _handed_on(self, index: int, output: Nest | WithSkips) -> dict[str, Nest]:
+        """What the module of a stage has returned, by the names of the values, in the order of the table."""
+        wanted = [name for name, (source, _) in self._schedule.skips.items() if source == index]
+        payload, skips = (output.payload, output.skips) if isinstance(output, WithSkips) else (output, {})
+        if set(skips) != set(wanted):
+            raise ValueError(
+                f"stage {index} returned the skips {sorted(skips)}, but the schedule has {sorted(wanted)} begin there; "
+                "return WithSkips(payload, skips) with these"
+            )
+        return {"act": payload, **{name: skips[name] for name in wanted}}
+
+    def _finish(self, microbatch: int, leaves: Taken, output: Nest) -> None:
         """Keep the last stage's output, or its loss when there are targets."""
         if self._loss_function is None or self._feed.targets is None:
             self.outputs[microbatch] = output
@@ -134,41 +151,41 @@ class ProgramRun:
         if torch.is_grad_enabled():
             self._saved[self._schedule.stages - 1, microbatch] = Saved(leaves, [loss])
 
-    def _announce(self, index: int, microbatch: int, spec: PayloadSpec) -> bytes | None:
-        """Make the shapes of a stage's output known on this rank; return the header that tells the receiver, if any."""
-        known = self._shapes.of(index, microbatch)
+    def _announce(self, value: Value, spec: PayloadSpec, uniform: bool) -> bytes | None:
+        """Make the shapes of a value known on this rank; return the header that tells the receiver, if any."""
+        known = self._shapes.of(value)
         if known is None:
-            uniform = self._feed.uniform and (index == 0 or self._shapes.uniform(index - 1))
-            self._shapes.announce(index, microbatch, spec, uniform=uniform)
+            self._shapes.announce(value, spec, uniform=uniform)
             return spec.encode(uniform=uniform)
         if known != spec:
             raise ValueError(
-                f"stage {index} hands on {spec.describe()} for microbatch {microbatch}, where {known.describe()} was "
-                "announced; give the executor shapes='vary' when outputs differ though inputs look alike"
+                f"stage {value.stage} hands on {spec.describe()} for microbatch {value.microbatch}, where "
+                f"{known.describe()} was announced; give the executor shapes='vary' when outputs differ though inputs "
+                "look alike"
             )
         return None
 
-    def _backward(self, action: Action, tensors: list[Tensor]) -> tuple[Value, list[Tensor], None] | None:
+    def _backward(self, action: Action, taken: Taken) -> list[Given]:
         saved = self._saved.pop((action.stage, action.microbatch))
-        self._stages[action.stage].backward(saved, self._output_gradients(action, tensors))
+        self._stages[action.stage].backward(saved, self._output_gradients(action, taken))
         return self._input_gradients(action, saved)
 
-    def _backward_of_input(self, action: Action, tensors: list[Tensor]) -> tuple[Value, list[Tensor], None] | None:
+    def _backward_of_input(self, action: Action, taken: Taken) -> list[Given]:
         _, index, microbatch = action
         saved = self._saved.pop((index, microbatch))
-        gradients = self._output_gradients(action, tensors)
+        gradients = self._output_gradients(action, taken)
         self._weight_work[index, microbatch] = self._stages[index].backward_of_input(saved, gradients)
         return self._input_gradients(action, saved)
 
-    def _of_weight(self, action: Action, tensors: list[Tensor]) -> None:
+    def _of_weight(self, action: Action, taken: Taken) -> list[Given]:
         self._weight_work.pop((action.stage, action.microbatch))()
+        return []
 
-    def _output_gradients(self, action: Action, tensors: list[Tensor]) -> list[Tensor]:
+    def _output_gradients(self, action: Action, taken: Taken) -> list[Tensor]:
         if action.stage < self._schedule.stages - 1:
-            return tensors
+            return [tensor for tensors in taken.values() for tensor in tensors]
         return [torch.full_like(self.losses[action.microbatch], self._loss_weight)]
 
-    def _input_gradients(self, action: Action, saved: Saved) -> tuple[Value, list[Tensor], None] | None:
-        if action.stage == 0:
-            return None
-        return Value("grad", action.stage, action.microbatch), saved.input_gradients(), None
+    def _input_gradients(self, action: Action, saved: Saved) -> list[Given]:
+        gradients = saved.input_gradients()
+        return [(value.gradient(action.stage), tensors, None) for value, tensors in gradients.items()]

@@ -50,7 +50,7 @@ def one_forward_one_backward(ranks: int, microbatches: int) -> Schedule:
 def forward_only(schedule: Schedule) -> Schedule:
     """The forwards of `schedule` alone, in the same order and placement: what evaluation runs."""
     programs = [[action for action in program if action.kind == "F"] for program in schedule.programs]
-    return Schedule(schedule.name, programs, schedule.placement)
+    return Schedule(schedule.name, programs, schedule.placement, skips=schedule.skips)
 
 
 Builder = Callable[[int, int, int], Schedule]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from weft.parallel.pipeline.table import GIVES, NEEDS, Schedule, ScheduleError
+from weft.parallel.pipeline.table import GIVES, NEEDS, Action, Schedule, ScheduleError, gives, needs
 from weft.parallel.pipeline.timeline import Timeline
 
 UNKNOWN = float("inf")
@@ -118,8 +118,8 @@ class _Simulation:
         self._schedule = schedule
         self._costs = costs
         self._action_costs = costs.of_stages(schedule.stages)
-        names = {name for needed in NEEDS.values() for name, _ in needed}
-        self._slots = {name: [_Slots(schedule.microbatches) for _ in schedule.placement] for name in names}
+        self._slots: dict[tuple[str, int], _Slots] = {}
+        self._users: dict[tuple[str, int], set[int]] = {}
         self._queues: dict[tuple[int, int], _Queue] = {}
         self._arrivals: dict[tuple[str, int], dict[int, tuple[_Slots, _Queue]]] = {}
         self._needed = {kind: [self._needed_by(kind, s) for s in range(schedule.stages)] for kind in NEEDS}
@@ -172,19 +172,19 @@ class _Simulation:
 
     def _needed_by(self, kind: str, stage: int) -> list[tuple[_Slots, float]]:
         """The values that an action needs, and how long they take to arrive once they are in their slots."""
-        stages = len(self._schedule.placement)
-        return [
-            self._way(name, stage + distance, self._schedule.placement[stage])
-            for name, distance in NEEDS[kind]
-            if 0 <= stage + distance < stages
-        ]
+        ways = []
+        for name, holder, _ in needs(Action(kind, stage, 0), self._schedule):
+            self._users.setdefault((name, holder), set()).add(stage)
+            ways.append(self._way(name, holder, self._schedule.placement[stage]))
+        return ways
 
     def _way(self, name: str, stage: int, user: int) -> tuple[_Slots, float]:
         """Slots of a value for a rank that uses it: those of the value itself, or its arrivals through a queue."""
         holder = self._schedule.placement[stage]
+        itself = self._slots.setdefault((name, stage), _Slots(self._schedule.microbatches))
         link = self._costs.link_between(holder, user)
         if not link.queues or not self._costs.send_bytes / link.bandwidth:
-            return self._slots[name][stage], self._costs.send_between(holder, user)
+            return itself, self._costs.send_between(holder, user)
         queue = self._queues.setdefault((holder, user), _Queue(link, self._costs.send_bytes))
         arrivals = self._arrivals.setdefault((name, stage), {})
         slots, _ = arrivals.setdefault(user, (_Slots(self._schedule.microbatches), queue))
@@ -192,9 +192,9 @@ class _Simulation:
 
     def _given_by(self, kind: str, stage: int) -> list[tuple[_Slots, _Queue | None]]:
         given: list[tuple[_Slots, _Queue | None]] = []
-        for name in GIVES[kind]:
-            if name in self._slots:
-                given.append((self._slots[name][stage], None))
+        for name, *_ in gives(Action(kind, stage, 0), self._schedule):
+            if (name, stage) in self._slots:
+                given.append((self._slots[name, stage], None))
                 given += self._arrivals.get((name, stage), {}).values()
         return given
 
@@ -203,10 +203,6 @@ class _Simulation:
         if self._costs.overlap:
             return 0.0
         place = self._schedule.placement
-        users = {
-            (name, stage - distance)
-            for needed in NEEDS.values()
-            for name, distance in needed
-            if name in GIVES[kind] and 0 <= stage - distance < len(place)
-        }
+        given = [name for name, *_ in gives(Action(kind, stage, 0), self._schedule)]
+        users = {(name, user) for name in given for user in self._users.get((name, stage), ())}
         return sum(self._costs.send_between(place[stage], place[user]) for _, user in users)

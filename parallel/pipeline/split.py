@@ -2,6 +2,7 @@
 
 import heapq
 from collections import deque
+from dataclasses import replace
 from math import inf
 
 from weft.parallel.pipeline.simulate import ScheduleCosts
@@ -28,7 +29,8 @@ class _Filling:
     """Runs the ranks in time; a rank whose next action cannot start does a weight gradient instead."""
 
     def __init__(self, schedule: Schedule, limit: int, costs: ScheduleCosts) -> None:
-        self._schedule = schedule
+        self._skips = schedule.skips
+        self._schedule = replace(schedule, skips={})  # they arrive before the neighbour's value that is waited for
         self._limit = limit
         self._costs = costs
         self._action_costs = costs.of_stages(schedule.stages)
@@ -55,13 +57,13 @@ class _Filling:
                 raise ScheduleError(
                     f"schedule {name}: rank {rank} cannot reach {order[0]} with {self._limit} activations"
                 )
-        return Schedule(name, self._programs, self._schedule.placement)
+        return Schedule(name, self._programs, self._schedule.placement, skips=self._skips)
 
     def _choose(self, rank: int, time: float) -> Action | None:
         if self._orders[rank]:
             action = self._orders[rank][0]
             has_room = action.kind != "F" or self._held[rank] < self._limit
-            wanted = needs(action, self._schedule.stages)
+            wanted = needs(action, self._schedule)
             if has_room and all(self._known_at.get((rank, value), inf) <= time for value in wanted):
                 return self._orders[rank].popleft()
         return self._postponed[rank].popleft() if self._postponed[rank] else None
@@ -74,7 +76,7 @@ class _Filling:
         for user in {rank, *self._users(action)}:
             arrival = end + self._costs.send_between(rank, user)
             heapq.heappush(self._events, (arrival, user))
-            for value in gives(action):
+            for value in gives(action, self._schedule):
                 self._known_at[user, value] = arrival
         if action.kind == "I":
             self._postponed[rank].append(action._replace(kind="W"))

@@ -1,6 +1,7 @@
 """One stage of a pipeline: a piece of the model, and how its forward, backward and weight gradients are run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from weft.parallel.deferred import WeightGradientQueue
 from weft.parallel.pipeline.foreign import defer_linear
 from weft.parallel.pipeline.payload import Nest, TensorSpec, as_arguments
+from weft.parallel.pipeline.table import Value
+
+
+@dataclass(frozen=True)
+class WithSkips:
+    """What a stage's module returns when its schedule has skips that begin there: the payload and, by name, the skips.
+
+    `WithSkips(x, {"encoder": x})` under `schedule.with_skips(encoder=(0, 3))` calls the module of stage 3 with the
+    keyword argument `encoder`, and brings the gradient back. A skip is a tensor or a nest, as a payload is.
+    """
+
+    payload: Nest
+    skips: Mapping[str, Nest]
 
 
 class PipelineStage:
@@ -17,7 +31,8 @@ class PipelineStage:
 
     The module is called as `module(*payload, **keywords)`. The payload is what the stage before has returned (a tuple
     or list becomes several arguments) or, on the first stage, the microbatch; keywords are given by the caller of the
-    step, on every rank for itself. It returns a tensor, None, or a nest of tuples, lists and dicts of tensors.
+    step, on every rank for itself, and skips come as keywords too. It returns a tensor, None, or a nest of tuples,
+    lists and dicts of tensors, or `WithSkips`.
 
     Args:
         module: the layers of this stage.
@@ -72,10 +87,17 @@ class PipelineStage:
 
 
 class Saved:
-    """What must be kept of a forward until its backward: the received inputs, and the graph but not the outputs."""
+    """What must be kept of a forward until its backward: the received inputs, and the graph but not the outputs.
 
-    def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        self._inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    Args:
+        inputs: the tensors of each value that came from another stage.
+        outputs: the loss, or the tensors handed on.
+    """
+
+    def __init__(self, inputs: Mapping[Value, Sequence[Tensor]], outputs: Sequence[Tensor]) -> None:
+        self._inputs = {
+            value: [tensor for tensor in tensors if tensor.requires_grad] for value, tensors in inputs.items()
+        }
         self._edges: list[GradientEdge] = [get_gradient_edge(tensor) for tensor in outputs if tensor.requires_grad]
 
     def backward(self, gradients: Sequence[Tensor]) -> None:
@@ -84,9 +106,12 @@ class Saved:
         if edges:
             torch.autograd.backward(edges, list(gradients))
 
-    def input_gradients(self) -> list[Tensor]:
-        """The gradients of the received inputs that require them; zeros for one that the stage does not use."""
-        return [torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs]
+    def input_gradients(self) -> dict[Value, list[Tensor]]:
+        """By received value, the gradients of the tensors that require them; zeros where the stage does not use one."""
+        return {
+            value: [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors]
+            for value, tensors in self._inputs.items()
+        }
 
 
 def as_leaves(tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:

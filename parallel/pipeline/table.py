@@ -6,8 +6,8 @@ remains when every action waits for the values that it needs. Checker, simulator
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
@@ -42,21 +42,40 @@ class Action(NamedTuple):
 
 
 class Value(NamedTuple):
-    """What one action hands to another: a stage's output (`act`), its input gradient (`grad`), its `wgrad`."""
+    """What one action hands to another: a stage's output (`act`), its input gradient (`grad`), its `wgrad`.
+
+    A skip has its own name, and its gradient that name with `.grad`.
+    """
 
     name: str
     stage: int
     microbatch: int
 
+    @property
+    def is_gradient(self) -> bool:
+        return self.name == "grad" or self.name.endswith(".grad")
+
+    def gradient(self, stage: int) -> "Value":
+        """The gradient of this value, given by the stage that has used it."""
+        return Value("grad" if self.name == "act" else f"{self.name}.grad", stage, self.microbatch)
+
 
 def describe(value: Value) -> str:
     """A value in words, for messages."""
-    what = {"act": "activation", "grad": "gradient", "wgrad": "weight gradient"}[value.name]
-    return f"the {what} of microbatch {value.microbatch} from stage {value.stage}"
+    return f"{name_in_words(value)} of microbatch {value.microbatch} from stage {value.stage}"
 
+
+def name_in_words(value: Value) -> str:
+    if value.name in PLAIN_NAMES:
+        return f"the {PLAIN_NAMES[value.name]}"
+    return f"the {'gradient of the ' if value.is_gradient else ''}skip {value.name.removesuffix('.grad')}"
+
+
+PLAIN_NAMES = {"act": "activation", "grad": "gradient", "wgrad": "weight gradient"}
 
 # The dependencies of a pipeline: the values that an action of each kind gives, and those that it needs, with the
-# distance of the stage that gives them. Values of stages below the first and above the last do not exist.
+# distance of the stage that gives them. Values of stages below the first and above the last do not exist. A
+# skip adds its value from forward to forward, and its gradient from backward to backward.
 GIVES = {"F": ("act",), "B": ("grad", "wgrad"), "I": ("grad",), "W": ("wgrad",)}
 NEEDS = {
     "F": (("act", -1),),
@@ -66,18 +85,32 @@ NEEDS = {
 }
 
 
-def gives(action: Action) -> list[Value]:
+def gives(action: Action, schedule: "Schedule") -> list[Value]:
     """The values that exist once `action` has run."""
-    return [Value(name, action.stage, action.microbatch) for name in GIVES[action.kind]]
+    kind, stage, microbatch = action
+    values = [Value(name, stage, microbatch) for name in GIVES[kind]]
+    for name, (source, target) in schedule.skips.items():
+        if kind == "F" and stage == source:
+            values.append(Value(name, stage, microbatch))
+        if kind in "BI" and stage == target:
+            values.append(Value(f"{name}.grad", stage, microbatch))
+    return values
 
 
-def needs(action: Action, stages: int) -> list[Value]:
-    """The values that must exist before `action` can run, in a pipeline of `stages` stages."""
-    return [
-        Value(name, action.stage + distance, action.microbatch)
-        for name, distance in NEEDS[action.kind]
-        if 0 <= action.stage + distance < stages
+def needs(action: Action, schedule: "Schedule") -> list[Value]:
+    """The values that must exist before `action` can run."""
+    kind, stage, microbatch = action
+    values = [
+        Value(name, stage + distance, microbatch)
+        for name, distance in NEEDS[kind]
+        if 0 <= stage + distance < schedule.stages
     ]
+    for name, (source, target) in schedule.skips.items():
+        if kind == "F" and stage == target:
+            values.append(Value(name, source, microbatch))
+        if kind in "BI" and stage == source:
+            values.append(Value(f"{name}.grad", target, microbatch))
+    return values
 
 
 @dataclass(frozen=True)
@@ -99,10 +132,21 @@ class Schedule:
     programs: list[list[Action]]
     placement: tuple[int, ...] = ()
     overlapped: frozenset[Action] = frozenset()
+    skips: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "programs", [list(program) for program in self.programs])
         object.__setattr__(self, "placement", tuple(self.placement) or _placement(self.name, self.programs))
+        for name, (source, target) in self.skips.items():
+            if not 0 <= source < target < self.stages or not name.isidentifier() or name in PLAIN_NAMES:
+                raise ScheduleError(
+                    f"schedule {self.name}: skip {name!r} leads from stage {source} to {target}; give it a name of "
+                    f"its own, and a later one of the {self.stages} stages as its target"
+                )
+
+    def with_skips(self, **skips: tuple[int, int]) -> "Schedule":
+        """The same table with values that pass stages by: `with_skips(encoder=(0, 3))` leads from stage 0 to 3."""
+        return replace(self, skips={**self.skips, **skips})
 
     @property
     def ranks(self) -> int:
@@ -169,14 +213,14 @@ def traffic(schedule: Schedule) -> dict[tuple[int, int], list[Transfer]]:
     users: dict[Value, list[int]] = {}
     for rank, program in enumerate(schedule.programs):
         for index, action in enumerate(program):
-            for value in needs(action, schedule.stages):
+            for value in needs(action, schedule):
                 if schedule.placement[value.stage] != rank and (rank, value) not in first_use:
                     first_use[rank, value] = index
                     users.setdefault(value, []).append(rank)
     lanes: dict[tuple[int, int], list[Transfer]] = {}
     for rank, program in enumerate(schedule.programs):
         for index, action in enumerate(program):
-            for value in gives(action):
+            for value in gives(action, schedule):
                 for user in users.get(value, ()):
                     lanes.setdefault((rank, user), []).append(Transfer(value, index, first_use[user, value]))
     return lanes

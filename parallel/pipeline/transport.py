@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.pipeline.payload import PayloadSpec, TensorSpec
-from weft.parallel.pipeline.table import Schedule, Value
+from weft.parallel.pipeline.table import Schedule, Value, name_in_words
 
 DATA, HEADER, LOSS, SHARED = range(4)  # message tags
 HEADER_BYTES = 512
@@ -87,31 +87,34 @@ def _work(work: dist.Work | None) -> dist.Work:
 
 
 class Shapes:
-    """What is known in one step about the payloads of each stage: announced by headers, or fixed beforehand."""
+    """What is known in one step about what stages hand on: announced by headers, or fixed beforehand for outputs."""
 
-    def __init__(self, fixed: Mapping[int, PayloadSpec]) -> None:
-        self._uniform: dict[int, PayloadSpec] = dict(fixed)
-        self._single: dict[tuple[int, int], PayloadSpec] = {}
+    def __init__(self, fixed: Mapping[int, PayloadSpec], skips: Mapping[str, tuple[int, int]]) -> None:
+        self._uniform: dict[tuple[str, int], PayloadSpec] = {("act", stage): spec for stage, spec in fixed.items()}
+        self._single: dict[Value, PayloadSpec] = {}
+        self._skips = skips
 
-    def of(self, stage: int, microbatch: int) -> PayloadSpec | None:
-        """The payload that `stage` hands on for `microbatch`, or None when its header has not come or gone."""
-        return self._uniform.get(stage) or self._single.get((stage, microbatch))
+    def of(self, value: Value) -> PayloadSpec | None:
+        """Of what an output or a skip consists, or None when its header has not come or gone."""
+        return self._uniform.get(value[:2]) or self._single.get(value)
 
-    def announce(self, stage: int, microbatch: int, spec: PayloadSpec, *, uniform: bool) -> None:
+    def announce(self, value: Value, spec: PayloadSpec, *, uniform: bool) -> None:
         if uniform:
-            self._uniform[stage] = spec
+            self._uniform[value[:2]] = spec
         else:
-            self._single[stage, microbatch] = spec
+            self._single[value] = spec
 
-    def uniform(self, stage: int) -> bool:
-        return stage in self._uniform
+    def uniform(self, value: Value) -> bool:
+        return value[:2] in self._uniform
 
     def incoming(self, value: Value) -> Sequence[TensorSpec] | None:
         """The tensors of which a value on its way to this rank consists, or None while that is not known."""
-        if value.name == "act":
-            spec = self.of(value.stage, value.microbatch)
+        if not value.is_gradient:
+            spec = self.of(value)
             return None if spec is None else spec.tensors
-        spec = self.of(value.stage - 1, value.microbatch)
+        name = value.name.removesuffix(".grad")
+        source = value.stage - 1 if name == "grad" else self._skips[name][0]
+        spec = self.of(Value("act" if name == "grad" else name, source, value.microbatch))
         return None if spec is None else [tensor for tensor in spec.tensors if tensor.requires_grad]
 
 
@@ -173,7 +176,7 @@ class Inbox:
     def take(self, value: Value) -> list[Tensor]:
         """Wait for a value that is due."""
         while value not in self._arriving:
-            if self._due[0].name == "act" and self._shapes.incoming(self._due[0]) is None:
+            if not self._due[0].is_gradient and self._shapes.incoming(self._due[0]) is None:
                 self._read_header(self._due[0])
             self._post_due()
         tensors, works = self._arriving.pop(value)
@@ -193,7 +196,7 @@ class Inbox:
             self._arriving[value] = tensors, [self._receive(value, tensor, DATA) for tensor in tensors]
 
     def _post_header(self, value: Value) -> None:
-        if self._header is None and value.name == "act":
+        if self._header is None and not value.is_gradient:
             header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
             self._header = header, self._receive(value, header, HEADER)
 
@@ -207,7 +210,7 @@ class Inbox:
         if rest.numel():
             self._wait(value, self._receive(value, rest, HEADER))
         spec, uniform = PayloadSpec.decode(_header_content(first, rest))
-        self._shapes.announce(value.stage, value.microbatch, spec, uniform=uniform)
+        self._shapes.announce(value, spec, uniform=uniform)
 
     def _receive(self, value: Value, tensor: Tensor, tag: int) -> dist.Work:
         return self._transport.receive(tensor, self._peer, tag, lambda: self._missing(value))
@@ -220,8 +223,7 @@ class Inbox:
 
 
 def _name(value: Value) -> str:
-    what = "activation" if value.name == "act" else "gradient"
-    return f"the {what} of microbatch {value.microbatch}"
+    return f"{name_in_words(value)} of microbatch {value.microbatch}"
 
 
 def _header_messages(header: bytes) -> list[Tensor]:
