@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.pipeline.check import check_schedule
 from weft.parallel.pipeline.feed import Feed, Given, make_feed
+from weft.parallel.pipeline.losses import LossExchange
 from weft.parallel.pipeline.payload import Nest, PayloadSpec, TensorSpec, take_apart
 from weft.parallel.pipeline.plan import plan_rank
 from weft.parallel.pipeline.run import LossFunction, ProgramRun
@@ -21,7 +22,7 @@ from weft.parallel.pipeline.shared import SharedParameters
 from weft.parallel.pipeline.stage import PipelineStage
 from weft.parallel.pipeline.table import Action, Schedule, traffic
 from weft.parallel.pipeline.timeline import Timeline
-from weft.parallel.pipeline.transport import LOSS, Shapes, Transport
+from weft.parallel.pipeline.transport import Shapes, Transport
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class StepResult:
     Attributes:
         loss: the step's loss, a float64 scalar on the CPU, the same on every rank of the pipeline.
         losses: the loss of each microbatch, `[microbatches]`, the same on every rank.
+        metrics: what the loss function returned beside the loss, by name and of each microbatch, `[microbatches]`;
+            float64 on the CPU, the same on every rank.
         timeline: the measured boxes of this rank, in seconds of `time.perf_counter`.
     """
 
     loss: Tensor
     losses: Tensor
+    metrics: Mapping[str, Tensor]
     timeline: Timeline
 
 
@@ -49,7 +53,8 @@ class PipelineExecutor:
         schedule: the table to run.
         stages: the stages of this rank, as the schedule places them.
         mesh: the one-dimensional mesh of the pipeline axis.
-        loss_function: `loss_function(output of the last stage, target)` gives one number.
+        loss_function: `loss_function(output of the last stage, target)` gives one number, or that and a dict of
+            further numbers, the same names for every microbatch.
         loss_reduction: "mean" weighs each microbatch by 1 / microbatches, "sum" adds the losses as they are.
         split: `split(batch, microbatches)` cuts a batch that is not given as a sequence of microbatches.
         shapes: "agree" lets headers tell the shapes of payloads once per step and stage, or per microbatch when the
@@ -163,10 +168,10 @@ class PipelineExecutor:
 
     def _pass(self, given: Given, *, forward: bool) -> StepResult:
         feed = self._make_feed(given, wants_loss=True)
-        exchange = _LossExchange(self._transport, self.schedule)
+        exchange = LossExchange(self._transport, self.schedule)
         run = self._execute(feed, forward=forward)
-        losses = exchange.finish(run.losses)
-        return StepResult(losses.sum() * self._loss_weight, losses, self._timeline(run))
+        losses, metrics = exchange.finish(run.losses, run.metrics)
+        return StepResult(losses.sum() * self._loss_weight, losses, metrics, self._timeline(run))
 
     def _make_feed(self, given: Given, *, wants_loss: bool) -> Feed:
         feed = make_feed(self.schedule, given, split=self._split, rank=self._transport.rank, wants_loss=wants_loss)
@@ -214,35 +219,6 @@ class PipelineExecutor:
             if action.kind in ("BW" if action.stage in deferring else "BI"):
                 last[action.stage] = action
         return {action: partial(callback, stage) for stage, action in last.items()} if callback else {}
-
-
-class _LossExchange:
-    """Brings the losses of the last stage to every rank; receives are posted when it is made."""
-
-    def __init__(self, transport: Transport, schedule: Schedule) -> None:
-        self._transport = transport
-        self._source = schedule.rank_of(schedule.stages - 1)
-        self._peers = [rank for rank in range(schedule.ranks) if rank != self._source]
-        self._losses = torch.zeros(schedule.microbatches, dtype=torch.float64)
-        self._receipt = None
-        if transport.rank != self._source:
-            self._receipt = transport.receive(self._losses, self._source, LOSS, self._missing)
-
-    def finish(self, losses: Mapping[int, Tensor]) -> Tensor:
-        if self._receipt is not None:
-            self._transport.wait(self._receipt, self._source, self._missing)
-            return self._losses
-        self._losses.copy_(torch.stack([losses[microbatch].reshape(()) for microbatch in sorted(losses)]))
-        works = [(self._transport.send(self._losses, peer, LOSS, self._untaken), peer) for peer in self._peers]
-        for work, peer in works:
-            self._transport.wait(work, peer, self._untaken)
-        return self._losses
-
-    def _missing(self) -> str:
-        return f"no losses arrived from {self._transport.name_rank(self._source)}"
-
-    def _untaken(self) -> str:
-        return "the losses were not taken by another rank"
 
 
 def _device(mesh: DeviceMesh) -> torch.device:

@@ -14,13 +14,13 @@ from weft.parallel.pipeline.stage import PipelineStage, Saved, WithSkips, as_lea
 from weft.parallel.pipeline.table import KINDS, Action, Schedule, Value
 from weft.parallel.pipeline.transport import Inbox, Outbox, Shapes, Transport
 
-LossFunction = Callable[[Any, Any], Tensor]
+LossFunction = Callable[[Any, Any], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 Taken = dict[Value, list[Tensor]]
 Given = tuple[Value, list[Tensor], bytes | None]
 
 
 class ProgramRun:
-    """Runs the program of one rank once; afterwards `losses`, `outputs`, `starts` and `ends` hold what came of it."""
+    """Runs the program of one rank once; `losses`, `metrics`, `outputs`, `starts` and `ends` hold what came of it."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class ProgramRun:
         before_last_backward: Mapping[Action, Callable[[], None]],
     ) -> None:
         self.losses: dict[int, Tensor] = {}
+        self.metrics: dict[int, Mapping[str, Tensor]] = {}
         self.outputs: dict[int, Nest] = {}
         self.starts: list[float] = []
         self.ends: list[float] = []
@@ -143,10 +144,15 @@ class ProgramRun:
         if self._loss_function is None or self._feed.targets is None:
             self.outputs[microbatch] = output
             return
-        loss = self._loss_function(output, self._feed.targets[microbatch])
+        found = self._loss_function(output, self._feed.targets[microbatch])
+        loss, metrics = found if isinstance(found, tuple) else (found, {})
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(f"the loss function returned {what}; it must return a tensor of one number")
+        for name, metric in metrics.items():
+            if not isinstance(metric, Tensor) or metric.numel() != 1:
+                raise ValueError(f"the loss function returned a metric {name} that is not a tensor of one number")
+        self.metrics[microbatch] = {name: metric.detach() for name, metric in metrics.items()}
         self.losses[microbatch] = loss.detach()
         if torch.is_grad_enabled():
             self._saved[self._schedule.stages - 1, microbatch] = Saved(leaves, [loss])

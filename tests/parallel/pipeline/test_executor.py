@@ -209,6 +209,37 @@ def test_evaluate_forward_and_timeline(pool: Pool) -> None:
             torch.testing.assert_close(outputs, [modules[1](modules[0](x)) for x in batch], rtol=1e-12, atol=1e-12)
 
 
+def loss_and_metrics(output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = mean_square(output, target)
+    return loss, {"size": output.abs().max(), "rows": torch.tensor(len(output)), "gap": (output - target).sum()}
+
+
+def metrics_of_steps() -> list[dict[str, list[float]]]:
+    schedule, mesh = build_schedule("1f1b", 4, 3), build_mesh(pipeline=4)["pipeline"]
+    rank = mesh.get_local_rank()
+    stage = PipelineStage(blocks(4)[rank], rank)
+    executor = PipelineExecutor(schedule, [stage], mesh, loss_and_metrics, timeout=30)
+    results = [executor.step(*step_of(3)), executor.evaluate(*step_of(3, 5))]
+    return [{"loss": r.losses.tolist()} | {name: m.tolist() for name, m in r.metrics.items()} for r in results]
+
+
+def test_metrics_beside_the_loss_reach_every_rank(pool: Pool) -> None:
+    expected = []
+    for seed in (0, 5):
+        found: dict[str, list[float]] = {}
+        for x, target in zip(*step_of(3, seed), strict=True):
+            for block in blocks(4):
+                x = block(x)
+            loss, metrics = loss_and_metrics(x, target)
+            for name, number in {"loss": loss, **metrics}.items():
+                found.setdefault(name, []).append(number.item())
+        expected.append(found)
+    for steps in pool.run(4, metrics_of_steps):
+        for found, wanted in zip(steps, expected, strict=True):
+            assert found.keys() == wanted.keys()
+            assert all(found[name] == pytest.approx(wanted[name], abs=1e-12) for name in wanted)
+
+
 class Slow(Block):
     def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
         if self.calls >= 2:
@@ -275,6 +306,7 @@ def wrong_use(use: int) -> None:
         lambda: executor.step(torch.zeros(6, WIDTH), targets),
         lambda: executor.step(batch, targets, keywords=[{}]),
         lambda: PipelineExecutor(schedule, [stage], mesh, lambda y, t: y).step(batch, targets),
+        lambda: PipelineExecutor(schedule, [stage], mesh, lambda y, t: (y.sum(), {"odd": y})).step(batch, targets),
     )
     uses[use]()
 
@@ -292,6 +324,7 @@ def wrong_use(use: int) -> None:
                 "does not divide into 4 microbatches",
                 "keywords has 1 entries",
                 r"the loss function returned a tensor of shape \[3, 6\]",
+                "a metric odd that is not a tensor of one number",
             ]
         )
     ),
