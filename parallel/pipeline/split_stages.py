@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from weft.parallel.elsewhere import AddNothing, PassOn
 
 # Parts in the order in which they run, `+` before those whose result is added to the hidden state.
 _FAMILIES = {
@@ -42,7 +43,8 @@ def split_stages(
         stage = PipelineStage(part, rank, shared=part.shared)
 
     The stages hold the parameters of `module` itself, not copies; one that belongs to several (tied embeddings) is
-    named in their `shared`. A split model (`parallelize`) may be cut, and one on the meta device.
+    named in their `shared`. A model on the meta device may be cut, and one that `parallelize` has split; or the stages'
+    `model`s are split after the cut.
 
     `plan`: the names of the parts in the order in which they run, one of them an nn.ModuleList of the layers; parts
     before it belong to the first stage, parts after it to the last. A `+` before a name says that its result is added
@@ -87,20 +89,6 @@ class StageModule(nn.Module):
         given = {"input_ids" if self.first else "inputs_embeds": x, "use_cache": False}
         result = (self.model if self.last else self.model.base_model)(**given | keywords)  # type: ignore[operator]
         return result.logits if hasattr(result, "logits") else result.last_hidden_state
-
-
-class PassOn(nn.Module):
-    """Stands for a part of another stage: gives back what it is given first."""
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return arguments[0] if arguments else next(iter(keywords.values()))
-
-
-class AddNothing(nn.Module):
-    """Stands for a part of the first stage whose result is added."""
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
-        return torch.zeros(())
 
 
 @dataclass(frozen=True)

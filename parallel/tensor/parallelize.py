@@ -46,6 +46,7 @@ def parallelize(
             after that.
     """
     found = list(matches(module, find_plan(module) if plan is None else plan, complete=plan is not None))
+    _refuse_fused_attention(module, found)
     replicas = _arrange_heads(module, found, mesh)
     before = _owners(module)
     swap = Swap(mesh)
@@ -58,6 +59,15 @@ def parallelize(
         for parent, children in _by_parent(module, found):
             _make_region(parent, [child for _, child, _ in children], mesh)
     return module
+
+
+def _refuse_fused_attention(module: nn.Module, found: list[Match]) -> None:
+    for parent, children in _by_parent(module, found):
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{children[0][0]} belongs to an nn.MultiheadAttention, which uses its weights without calling it; "
+                "write the attention with four linear layers, or take ParallelSelfAttention"
+            )
 
 
 def _arrange_heads(module: nn.Module, found: list[Match], mesh: DeviceMesh) -> dict[str, int]:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import nn
 
+from weft.parallel.elsewhere import Elsewhere
+
 Kind = Literal["column", "row", "embedding", "embedding_column", "partial_gradient", "replicated"]
 
 
@@ -150,19 +152,20 @@ def find_plan(module: nn.Module) -> Plan:
 def matches(module: nn.Module, plan: Plan, *, complete: bool) -> Iterator[tuple[str, nn.Module, Style]]:
     """Each module that a pattern names, once, with its name and style; the first pattern that fits counts.
 
-    `complete`: every pattern must fit something.
+    `complete`: every pattern must fit something, unless other pipeline stages hold a part of the model.
 
     Raises:
         ValueError: a style is unknown, a pattern names a parameter, or it fits nothing.
     """
     names = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
     seen: set[int] = set()
+    complete = complete and not any(isinstance(child, Elsewhere) for child in names.values())
     for pattern, style in plan.items():
         fitting = [name for name in names if _fits(pattern, name)]
         if not fitting:
             _check_unfitting(pattern, style, module, names, complete=complete)
         for name in fitting:
-            if id(names[name]) not in seen:
+            if id(names[name]) not in seen and not isinstance(names[name], Elsewhere):
                 seen.add(id(names[name]))
                 yield name, names[name], normalise(style, name)
 

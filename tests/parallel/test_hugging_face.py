@@ -185,16 +185,25 @@ def test_no_plan_forgets_a_module(pool: Pool) -> None:
     pool.run(2, check_whole_plans, timeout=120)
 
 
-def pipeline(names: list[str], dtype: torch.dtype, schedule_name: str, tensor: int) -> None:
-    """Pipeline 2, two microbatches with masks of their own, against their mean in one process."""
+def pipeline(
+    names: list[str], dtype: torch.dtype, schedule_name: str, tensor: int, sequence_parallel: bool = False
+) -> None:
+    """Pipeline 2, two microbatches with masks of their own, against their mean in one process.
+
+    Sequence parallel models are split after the cut, others before.
+    """
     mesh = build_mesh(pipeline=2, tensor=tensor)
     rank = mesh["pipeline"].get_local_rank()
     for name in names:
         plain = build(name, dtype)
         inputs = batch(name)
         tokens, masks, labels = (inputs[key].chunk(2) for key in ("input_ids", "attention_mask", "labels"))
-        model = parallelize(copy.deepcopy(plain), None, mesh["tensor"])
+        model = copy.deepcopy(plain)
+        if not sequence_parallel:
+            parallelize(model, None, mesh["tensor"])
         part = split_stages(model, None, 2, split=(1, 3))[rank]
+        if sequence_parallel:
+            parallelize(part.model, None, mesh["tensor"], sequence_parallel=True)
         schedule = build_schedule(schedule_name, 2, 2)
         stage = PipelineStage(part, rank, shared=part.shared)
         executor = PipelineExecutor(schedule, [stage], mesh["pipeline"], next_token_loss)
@@ -230,3 +239,7 @@ def test_a_pipeline_of_stages_trains_as_the_whole_model(
     pool: Pool, dtype: torch.dtype, schedule: str, tensor: int
 ) -> None:
     pool.run(2 * tensor, pipeline, DECODERS, dtype, schedule, tensor, timeout=240)
+
+
+def test_stages_may_be_split_after_the_cut(pool: Pool) -> None:
+    pool.run(4, pipeline, ["llama-tied", "qwen3", "gpt2"], torch.float64, "1f1b", 2, True, timeout=120)

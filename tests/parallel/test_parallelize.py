@@ -371,3 +371,14 @@ def test_dropout_differs_between_shards_and_agrees_elsewhere(pool: Pool) -> None
     _, again, gradient_again, _ = pool.run(2, drop, True)[0]
     assert torch.equal(again, logits)
     close(gradient_again, gradient, "a recomputed forward drops the same")
+
+
+def refuse_torch_attention() -> str:
+    with pytest.raises(ValueError, match="MultiheadAttention") as caught:
+        parallelize(nn.Sequential(nn.MultiheadAttention(8, 2)), {"0.out_proj": "row"}, tensor_mesh())
+    return str(caught.value)
+
+
+def test_torch_attention_is_refused(pool: Pool) -> None:
+    for seen in pool.run(2, refuse_torch_attention):
+        assert seen.startswith("0.out_proj belongs to an nn.MultiheadAttention")
