@@ -221,3 +221,32 @@ def refuse(heads: int, kv_heads: int, message: str) -> None:
 )
 def test_heads_that_do_not_divide_are_named(pool: Pool, ranks: int, heads: int, kv_heads: int, message: str) -> None:
     pool.run(ranks, refuse, heads, kv_heads, message)
+
+
+def usual_sizes(kv_heads: int) -> None:
+    """hidden 128, sequence 256, 8 heads: every weight gradient."""
+    mesh = tensor_mesh()
+    plain = nn.ModuleDict(
+        {
+            name: nn.Linear(128, width, bias=False, dtype=torch.float64)
+            for name, width in (("q_proj", 128), ("k_proj", 16 * kv_heads), ("v_proj", 16 * kv_heads), ("o_proj", 128))
+        }
+    )
+    layer = ParallelSelfAttention(128, 8, kv_heads, mesh=mesh, dtype=torch.float64)
+    load_full(layer, dict(plain.named_parameters()))
+    x, cotangent = drawn(1, 256, 128), drawn(1, 256, 128, seed=1)
+    q, k, v = (plain[name](x).unflatten(-1, (-1, 16)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+    k, v = (heads.repeat_interleave(8 // kv_heads, 1) for heads in (k, v))
+    scores = q @ k.transpose(-1, -2) / 4 + torch.full((256, 256), -torch.inf, dtype=torch.float64).triu(1)
+    expected = plain["o_proj"]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    expected.backward(cotangent)
+    y = layer(x)
+    y.backward(cotangent)
+    close(y, expected, kv_heads)
+    check_gradients(layer, plain)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_gradient_at_usual_sizes(pool: Pool, ranks: int) -> None:
+    for kv_heads in (8, 2, 1):
+        pool.run(ranks, usual_sizes, kv_heads)
