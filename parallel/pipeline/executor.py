@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.pipeline.channels import open_channels
 from weft.parallel.pipeline.check import check_schedule
 from weft.parallel.pipeline.feed import Feed, Given, make_feed
 from weft.parallel.pipeline.losses import LossExchange
@@ -46,8 +47,8 @@ class StepResult:
 class PipelineExecutor:
     """Runs the programs of a schedule on the ranks of a pipeline.
 
-    Making one is a collective call of the pipeline group: the schedule is proved, and shared parameters get equal
-    values. The modules' train or eval mode is the caller's.
+    Making one is a collective call of the pipeline group, on GPUs of the whole world: the schedule is proved, and
+    shared parameters get equal values. The modules' train or eval mode is the caller's.
 
     Args:
         schedule: the table to run.
@@ -95,8 +96,9 @@ class PipelineExecutor:
         self._split = split
         self._shapes = shapes
         self._reduces_shared = reduce_shared_gradients
-        self._transport = Transport(mesh, schedule, device, timeout)
-        self._check_stages(len(stages), mesh.size())
+        self._check_stages(len(stages), mesh)
+        self._transport = Transport(open_channels(mesh, device, timeout), schedule, device, timeout)
+        self._transport.channels.open(traffic(schedule))
         rank = self._transport.rank
         self._plan = plan_rank(schedule, rank, traffic(schedule))
         self._forward_schedule = forward_only(schedule)
@@ -196,16 +198,17 @@ class PipelineExecutor:
     def _loss_weight(self) -> float:
         return 1.0 / self.schedule.microbatches if self._loss_reduction == "mean" else 1.0
 
-    def _check_stages(self, count: int, size: int) -> None:
+    def _check_stages(self, count: int, mesh: DeviceMesh) -> None:
+        size, rank = mesh.size(), mesh.get_local_rank()
         if size != self.schedule.ranks:
             raise ValueError(
                 f"schedule {self.schedule.name} is for {self.schedule.ranks} ranks, but the pipeline axis has {size}; "
                 "build it for that number"
             )
-        wanted = self.schedule.stages_of(self._transport.rank)
+        wanted = self.schedule.stages_of(rank)
         if sorted(self._stages) != wanted or count != len(wanted):
             raise ValueError(
-                f"rank {self._transport.rank} of the pipeline was given stages {sorted(self._stages)}, but schedule "
+                f"rank {rank} of the pipeline was given stages {sorted(self._stages)}, but schedule "
                 f"{self.schedule.name} places {wanted} on it"
             )
 

@@ -30,6 +30,8 @@ class SharedParameters:
                 if not any(parameter is copy for copy in copies):
                     copies.append(parameter)
         self._holders = self._find_holders()
+        groups = self._holders.values()
+        transport.channels.open((a, b) for holders in groups for a in holders for b in holders if a != b)
         self._make_equal()
 
     def begin_step(self) -> None:

@@ -15,8 +15,8 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.pipeline.channels import Channels
 from weft.parallel.pipeline.payload import PayloadSpec, TensorSpec
 from weft.parallel.pipeline.table import Schedule, Value, name_in_words
 
@@ -31,28 +31,38 @@ class PipelineError(RuntimeError):
 class Transport:
     """Point-to-point messages within the pipeline group, each wait bounded by `timeout` seconds."""
 
-    def __init__(self, mesh: DeviceMesh, schedule: Schedule, device: torch.device, timeout: float) -> None:
-        self.group = mesh.get_group()
+    def __init__(self, channels: Channels, schedule: Schedule, device: torch.device, timeout: float) -> None:
+        self.channels = channels
+        self.group = channels.control
         self.rank = dist.get_rank(self.group)
         self.device = device
         self.timeout = timeout
         self._schedule = schedule
 
-    def send(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> dist.Work:
+    def send(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> "Pending":
         """Start sending; `tensor` must stay unchanged until the returned work is done."""
         try:
-            return _work(dist.isend(tensor, group=self.group, group_dst=peer, tag=tag))
+            group, destination = self._route(self.rank, peer, peer, tag)
+            return self._pending(dist.isend(tensor, group=group, group_dst=destination, tag=tag), tag)
         except RuntimeError as error:
             raise self._gone(peer, what) from error
 
-    def receive(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> dist.Work:
+    def receive(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> "Pending":
         """Start receiving into `tensor`."""
         try:
-            return _work(dist.irecv(tensor, group=self.group, group_src=peer, tag=tag))
+            group, source = self._route(peer, self.rank, peer, tag)
+            return self._pending(dist.irecv(tensor, group=group, group_src=source, tag=tag), tag)
         except RuntimeError as error:
             raise self._gone(peer, what) from error
 
-    def wait(self, work: dist.Work, peer: int, what: Callable[[], str]) -> None:
+    def _route(self, source: int, destination: int, peer: int, tag: int) -> tuple[dist.ProcessGroup, int]:
+        return (self.group, peer) if tag in (HEADER, LOSS) else self.channels.lane(source, destination, peer)
+
+    def _pending(self, work: dist.Work | None, tag: int) -> "Pending":
+        assert work is not None, "this rank is not in the pipeline's group"
+        return work if self.channels.bounded or tag in (HEADER, LOSS) else OnStream(work)
+
+    def wait(self, work: "Pending", peer: int, what: Callable[[], str]) -> None:
         """Wait until `work` is done.
 
         Raises:
@@ -81,9 +91,20 @@ class Transport:
         return PipelineError(f"{self.here()}: {what()}: the connection to {self.name_rank(peer)} is lost")
 
 
-def _work(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this rank is not in the pipeline's group"
-    return work
+class OnStream:
+    """A message of NCCL: the stream waits for it, not the CPU; NCCL's watchdog holds to the lane's time limit.
+
+    Given a limit, NCCL's own wait would keep the CPU until the message is through.
+    """
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+
+    def wait(self, _: timedelta) -> bool:
+        return self._work.wait()
+
+
+Pending = dist.Work | OnStream
 
 
 class Shapes:
@@ -124,7 +145,7 @@ class Outbox:
     def __init__(self, transport: Transport, peer: int) -> None:
         self._transport = transport
         self._peer = peer
-        self._sent: deque[tuple[Value, list[dist.Work], list[Tensor]]] = deque()
+        self._sent: deque[tuple[Value, list[Pending], list[Tensor]]] = deque()
 
     def put(self, value: Value, tensors: Sequence[Tensor], header: bytes | None) -> None:
         """Start sending a value, its header first; the tensors are kept until they are known to have been taken."""
@@ -164,8 +185,8 @@ class Inbox:
         self._shapes = shapes
         self._order = deque(order)
         self._due: deque[Value] = deque()
-        self._header: tuple[Tensor, dist.Work] | None = None
-        self._arriving: dict[Value, tuple[list[Tensor], list[dist.Work]]] = {}
+        self._header: tuple[Tensor, Pending] | None = None
+        self._arriving: dict[Value, tuple[list[Tensor], list[Pending]]] = {}
 
     def post(self, count: int) -> None:
         """Make the next `count` values due; receives are posted now for those whose shapes are known."""
@@ -212,10 +233,10 @@ class Inbox:
         spec, uniform = PayloadSpec.decode(_header_content(first, rest))
         self._shapes.announce(value, spec, uniform=uniform)
 
-    def _receive(self, value: Value, tensor: Tensor, tag: int) -> dist.Work:
+    def _receive(self, value: Value, tensor: Tensor, tag: int) -> Pending:
         return self._transport.receive(tensor, self._peer, tag, lambda: self._missing(value))
 
-    def _wait(self, value: Value, work: dist.Work) -> None:
+    def _wait(self, value: Value, work: Pending) -> None:
         self._transport.wait(work, self._peer, lambda: self._missing(value))
 
     def _missing(self, value: Value) -> str:
