@@ -10,8 +10,6 @@ from torch import Tensor
 
 from weft.launch.verify.measure import distance, largest
 
-CLOSE = 1e-8  # of float64 values that went through other orders of summation
-
 
 class Kind(StrEnum):
     """A mistake by its name."""
@@ -86,12 +84,18 @@ class Evidence:
         held, expected: by rank; the part that it holds of the value, and what that should be.
         full: the plain model's value.
         offsets: the plain model's biases and values near by, which may be a term of the value.
+        tolerance: what rounding may do, relative to the largest entry.
     """
 
     held: Sequence[Tensor]
     expected: Sequence[Tensor]
     full: Tensor
     offsets: Sequence[Tensor] = ()
+    tolerance: float = 1e-9
+
+    def close(self, seen: Tensor, expected: Tensor) -> bool:
+        """Whether they are equal but for rounding."""
+        return close(seen, expected, self.tolerance)
 
     @property
     def ranks(self) -> int:
@@ -100,16 +104,16 @@ class Evidence:
     @property
     def replicated(self) -> bool:
         """Whether all ranks should hold the same."""
-        return all(part.shape == self.expected[0].shape and close(part, self.expected[0]) for part in self.expected)
+        return all(self.close(part, self.expected[0]) for part in self.expected)
 
     def is_scaled(self, factor: float, term: Tensor | float = 0.0) -> bool:
         """Whether every rank holds `factor` times what it should, but for a term that is there once."""
         pairs = zip(self.held, self.expected, strict=True)
-        return all(close(held, factor * (part - term) + term) for held, part in pairs)
+        return all(self.close(held, factor * (part - term) + term) for held, part in pairs)
 
     def is_beyond(self, offset: Tensor | float) -> bool:
         """Whether every rank holds this much more than it should."""
-        return all(close(held, part + offset) for held, part in zip(self.held, self.expected, strict=True))
+        return all(self.close(held, part + offset) for held, part in zip(self.held, self.expected, strict=True))
 
     @property
     def terms(self) -> list[Tensor]:
@@ -119,9 +123,9 @@ class Evidence:
         return [torch.zeros((), dtype=torch.float64), *(x for x in fitting if bool(x.any()))]
 
 
-def close(seen: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding in float64."""
-    return seen.shape == expected.shape and distance(seen, expected) <= CLOSE * (largest(expected) or 1e-300)
+def close(seen: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Of one shape, and equal relative to the largest entry."""
+    return seen.shape == expected.shape and distance(seen, expected) <= tolerance * (largest(expected) or 1e-300)
 
 
 def is_partial(evidence: Evidence) -> bool:
@@ -129,7 +133,7 @@ def is_partial(evidence: Evidence) -> bool:
     if evidence.ranks == 1 or not evidence.replicated:
         return False
     total = torch.stack(list(evidence.held)).sum(0)
-    return any(close(total - (evidence.ranks - 1) * term, evidence.expected[0]) for term in evidence.terms)
+    return any(evidence.close(total - (evidence.ranks - 1) * term, evidence.expected[0]) for term in evidence.terms)
 
 
 def cause_of_value(evidence: Evidence, *, backward: bool = False) -> Kind | None:
@@ -156,7 +160,7 @@ def cause_of_value(evidence: Evidence, *, backward: bool = False) -> Kind | None
 def cause_of_shards(evidence: Evidence) -> Kind | None:
     """The mistake that would give each rank this part."""
     first = evidence.expected[0]
-    if all(held.shape == first.shape and close(held, first) for held in evidence.held):
+    if all(evidence.close(held, first) for held in evidence.held):
         return Kind.SHARD_REPLICATED
     if evidence.is_scaled(evidence.ranks):
         return Kind.SUM_REPEATED
@@ -174,7 +178,7 @@ def cause_of_initial(evidence: Evidence) -> Kind:
     if found in (Kind.SHARD_REPLICATED, Kind.CHUNKS):
         return found
     first = evidence.held[0]
-    equal = all(held.shape == first.shape and close(held, first) for held in evidence.held)
+    equal = all(evidence.close(held, first) for held in evidence.held)
     return Kind.SEED_SHARED if equal and bool(first.any()) else Kind.INITIAL
 
 

@@ -1,12 +1,13 @@
 """The plain run's values beside the ranks', and the first that differs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isclose
 
 from torch import Tensor
 
-from weft.launch.verify.causes import CLOSE, Evidence, is_partial
+from weft.launch.verify.causes import Evidence, close, is_partial
 from weft.launch.verify.cut import Place, aligned
 from weft.launch.verify.measure import distance, largest
 from weft.launch.verify.trace import BACKWARD, FORWARD, Key, Trace
@@ -24,10 +25,13 @@ class Part:
 
 
 class Comparison:
-    """One traced step of the plain model and of every rank of a layout."""
+    """One traced step of the plain model and of every rank of a layout.
 
-    def __init__(self, plain: Trace, ranks: Sequence[Trace]) -> None:
-        self.plain, self.ranks = plain, ranks
+    `tolerance`: what rounding may do, relative to the scale of a value.
+    """
+
+    def __init__(self, plain: Trace, ranks: Sequence[Trace], tolerance: float) -> None:
+        self.plain, self.ranks, self.tolerance = plain, ranks, tolerance
         kinds = {key.what for key in plain.values}
         self._floors = {
             what: 1e-6 * max(largest(value.tensor) for key, value in plain.values.items() if key.what == what)
@@ -49,6 +53,24 @@ class Comparison:
                 return key
         return None
 
+    def agree(self, seen: float, expected: float) -> bool:
+        """Whether two numbers are equal but for rounding."""
+        return isclose(seen, expected, rel_tol=self.tolerance)
+
+    def close(self, part: "Part") -> bool:
+        """Whether a rank holds what it should."""
+        return close(part.held, part.expected, self.tolerance)
+
+    def wrong_group(self, parts: Sequence["Part"], group: Callable[[Place], object]) -> list["Part"]:
+        """The parts of the first group in which one differs."""
+        first = next((part for part in parts if not self.close(part)), parts[0])
+        return [part for part in parts if group(part.place) == group(first.place)]
+
+    def weigh(self, group: Sequence["Part"], full: Tensor, offsets: Iterable[Tensor] = ()) -> Evidence:
+        """The evidence that a group of parts is."""
+        held, expected = [part.held for part in group], [part.expected for part in group]
+        return Evidence(held, expected, full, list(offsets), self.tolerance)
+
     def parts(self, key: Key) -> list[Part]:
         """What each rank that computes the value holds of it."""
         plain = self.plain.values[key]
@@ -62,20 +84,15 @@ class Comparison:
 
     def evidence(self, key: Key) -> Evidence:
         """The value as the tensor ranks of the first replica that has it wrong hold it."""
-        group = wrong_group(self.parts(key), lambda place: (place.data, place.pipeline))
-        return Evidence(
-            [part.held for part in group],
-            [part.expected for part in group],
-            self.plain.values[key].tensor,
-            list(self._offsets(key, group[0])),
-        )
+        group = self.wrong_group(self.parts(key), lambda place: (place.data, place.pipeline))
+        return self.weigh(group, self.plain.values[key].tensor, self._offsets(key, group[0]))
 
     def _is_right(self, key: Key) -> bool | None:
         parts = self.parts(key)
         if not parts:
             return None
         scale = max(largest(self.plain.values[key].tensor), self._floors[key.what])
-        return all(distance(part.held, part.expected) <= CLOSE * scale for part in parts)
+        return all(distance(part.held, part.expected) <= self.tolerance * scale for part in parts)
 
     def _recovers(self, key: Key, following: Key | None) -> bool:
         """Whether a value that differs is meant to: a term of a sum that is made later, inside the enclosing layer."""
@@ -101,13 +118,6 @@ class Comparison:
             pair = aligned(value, part.held, part.place, None)
             if pair is not None:
                 yield pair[0]
-
-
-def wrong_group(parts: Sequence[Part], group: Callable[[Place], object]) -> list[Part]:
-    """The parts of the first group in which one differs."""
-    first = next((part for part in parts if distance(part.held, part.expected) > CLOSE * largest(part.expected)), None)
-    first = first or parts[0]
-    return [part for part in parts if group(part.place) == group(first.place)]
 
 
 def enclosing(module: str) -> Iterator[str]:

@@ -12,15 +12,11 @@ from weft.launch.engine import IGNORED, Engine
 from weft.launch.errors import UserError
 from weft.launch.layout import check_layout
 from weft.launch.sections import Settings
-from weft.launch.verify.layout import Layout, Plan, grids
+from weft.launch.verify.layout import MICROBATCHES, Layout, Plan, grids, schedules
 from weft.model.config import model_config
-from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
-from weft.parallel.pipeline.table import ScheduleError
 from weft.parallel.sharding import Sharding, sharded_parameters
 
 LARGEST_MICROBATCH = 2
-FEWEST_MICROBATCHES = 4
-STAGES_PER_RANK = (2, 1)  # in the order of trial: with one, an interleaved schedule is a plain one
 
 
 @dataclass(frozen=True)
@@ -67,29 +63,11 @@ class ConfigModel:
         return EngineRun(Engine(model_config(settings.model), settings, mesh, dtype=dtype))
 
     def _variants(self, grid: Layout, plan: Plan) -> Iterator[Layout]:
-        for schedule, stages in self._schedules(grid, plan):
-            for sequence_parallel in (False, True) if grid.tensor > 1 else (False,):
-                yield replace(grid, schedule=schedule, stages_per_rank=stages, sequence_parallel=sequence_parallel)
-
-    def _schedules(self, grid: Layout, plan: Plan) -> Iterator[tuple[str, int]]:
-        """The user's own schedule where it fits, and every other, with two stages per rank where it takes them."""
         parallel = self.settings.parallel
-        if grid.pipeline == 1:
-            yield "1f1b", 1
-            return
-        names = dict.fromkeys([parallel.schedule, *BUILDERS])
-        for name in names:
-            own = name == parallel.schedule
-            for stages in (parallel.stages_per_rank,) if own else STAGES_PER_RANK:
-                try:
-                    build_schedule(name, grid.pipeline, FEWEST_MICROBATCHES, stages)
-                except ScheduleError as error:
-                    reason = str(error)
-                else:
-                    yield name, stages
-                    break
-            else:
-                plan.skip(f"{grid.sizes}, {name}", reason)
+        for layout in schedules(grid, parallel.schedule, parallel.stages_per_rank, plan):
+            yield layout
+            if grid.tensor > 1:
+                yield replace(layout, sequence_parallel=True)
 
 
 def shrunk(settings: Settings, *, sequence: int, processes: int) -> Settings:
@@ -97,7 +75,7 @@ def shrunk(settings: Settings, *, sequence: int, processes: int) -> Settings:
     length = settings.corpus.sequence_length
     corpus = settings.corpus.model_copy(update={"sequence_length": _smaller(length, sequence, processes)})
     units = settings.batch.global_size // settings.batch.micro_size
-    units = _smaller(units, FEWEST_MICROBATCHES, processes)
+    units = _smaller(units, MICROBATCHES, processes)
     micro_size = min(settings.batch.micro_size, LARGEST_MICROBATCH)
     batch = settings.batch.model_copy(update={"global_size": units * micro_size, "micro_size": micro_size})
     return settings.model_copy(update={"corpus": corpus, "batch": batch})
@@ -135,12 +113,16 @@ class EngineRun:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.whole = engine.pipeline.size() == 1
         self._norm = 0.0
 
     @property
     def modules(self) -> Sequence[nn.Module]:
         return self.engine.modules
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        whole = self.engine.pipeline.size() == 1
+        for module in self.modules:
+            yield from ((name, child) for name, child in module.named_modules() if name or whole)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
         """By global names; a tied copy on another stage goes by the name that it shares."""

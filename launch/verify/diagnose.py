@@ -2,22 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isclose, log
+from math import log
 
-import torch
+from torch import Tensor
 
 from weft.launch.verify.causes import (
-    CLOSE,
     EXPLANATIONS,
-    Evidence,
     Kind,
     cause_of_initial,
     cause_of_shards,
     cause_of_value,
-    close,
     is_partial,
 )
-from weft.launch.verify.compare import Comparison, Part, enclosing, wrong_group
+from weft.launch.verify.compare import Comparison, Part, enclosing
 from weft.launch.verify.measure import distance, largest
 from weft.launch.verify.trace import BACKWARD, FORWARD, Key, Trace
 
@@ -48,12 +45,12 @@ class Finding:
         return " ".join(filter(None, (EXPLANATIONS[self.kind], self.detail)))
 
 
-def diagnose(plain: Trace, ranks: Sequence[Trace], retrace: Retrace) -> list[Finding]:
+def diagnose(plain: Trace, ranks: Sequence[Trace], retrace: Retrace, *, tolerance: float) -> list[Finding]:
     """The mistakes found by one traced step: those of the initial weights, and the first one of what follows.
 
-    `retrace` traces the step again with parameters cut in other chunks.
+    `retrace` traces the step again with parameters cut in other chunks. `tolerance`: what rounding may do.
     """
-    comparison = Comparison(plain, ranks)
+    comparison = Comparison(plain, ranks, tolerance)
     findings = list(_missing_parameters(comparison)) or list(_initial_weights(comparison))
     for search in (_forward(comparison, retrace), _loss(comparison), _backward(comparison), _gradients(comparison)):
         found = next(search, None)
@@ -81,11 +78,10 @@ def _initial_weights(comparison: Comparison) -> Iterator[Finding]:
             for trace in comparison.ranks
             if (value := trace.parameters.get(name)) is not None
         ]
-        if all(close(part.held, part.expected) for part in parts):
+        if all(map(comparison.close, parts)):
             continue
-        group = wrong_group(parts, lambda place: (place.data, place.pipeline))
-        evidence = Evidence([part.held for part in group], [part.expected for part in group], plain.initial)
-        causes[name] = cause_of_initial(evidence)
+        group = comparison.wrong_group(parts, lambda place: (place.data, place.pipeline))
+        causes[name] = cause_of_initial(comparison.weigh(group, plain.initial))
     if causes:
         known = [name for name, kind in causes.items() if kind != Kind.INITIAL]
         first = next(iter(known or causes))
@@ -120,14 +116,15 @@ def _scaled(comparison: Comparison, key: Key) -> bool:
     """Whether all ranks hold the value times or divided by the number of data ranks."""
     parts = comparison.parts(key)
     size = parts[0].place.data_size
-    return any(all(close(part.held, part.expected * factor) for part in parts) for factor in (size, 1 / size))
+    evidence = comparison.weigh(parts, comparison.plain.values[key].tensor)
+    return any(evidence.is_scaled(factor) for factor in (size, 1 / size))
 
 
 def _wrong_chunks(comparison: Comparison, key: Key, retrace: Retrace) -> str:
     """Whether cutting a weight near by in chunks, or not in chunks, makes the value right; says which."""
     near = key.module if key.what == "output" else next(enclosing(key.module), "")
     for _, chunks in zip(range(MOST_TRIALS), _chunk_trials(comparison, near), strict=False):
-        if Comparison(comparison.plain, retrace(chunks)).right.get(key):
+        if Comparison(comparison.plain, retrace(chunks), comparison.tolerance).right.get(key):
             name, sizes = next(iter(chunks.items()))
             return f"{name} is right when cut as {' + '.join(map(str, sizes))}."
     return ""
@@ -153,18 +150,18 @@ def _chunk_trials(comparison: Comparison, near: str) -> Iterator[Chunks]:
 
 def _loss(comparison: Comparison) -> Iterator[Finding]:
     plain, losses = comparison.plain.loss, [trace.loss for trace in comparison.ranks]
-    if not all(isclose(loss, plain, rel_tol=CLOSE) for loss in losses):
+    if not all(comparison.agree(loss, plain) for loss in losses):
         yield Finding(_cause_of_loss(comparison, losses[0]), "", "loss", f"It is {losses[0]:.6g}, not {plain:.6g}.")
 
 
 def _cause_of_loss(comparison: Comparison, loss: float) -> Kind:
     plain, place = comparison.plain.loss, comparison.ranks[0].place
-    if place.tensor_size > 1 and isclose(loss, plain + log(place.tensor_size), rel_tol=CLOSE):
+    if place.tensor_size > 1 and comparison.agree(loss, plain + log(place.tensor_size)):
         return Kind.GATHERED_LOGITS
     if place.data_size > 1 and _right_when_weighted(comparison):
         return Kind.LOSS_PER_RANK
     sizes = {place.data_size, place.tensor_size} - {1}
-    if any(isclose(loss, plain * factor, rel_tol=CLOSE) for size in sizes for factor in (size, 1 / size)):
+    if any(comparison.agree(loss, plain * factor) for size in sizes for factor in (size, 1 / size)):
         return Kind.LOSS_SCALED
     return Kind.UNKNOWN
 
@@ -175,7 +172,7 @@ def _right_when_weighted(comparison: Comparison) -> bool:
     for number in range(len(firsts[0].targets)):
         pairs = [(trace.targets[number], trace.own_loss or 0.0) for trace in firsts]
         total = sum(count for count, _ in pairs)
-        if total and isclose(sum(n * loss for n, loss in pairs) / total, comparison.plain.loss, rel_tol=CLOSE):
+        if total and comparison.agree(sum(n * loss for n, loss in pairs) / total, comparison.plain.loss):
             return True
     return False
 
@@ -190,11 +187,11 @@ def _gradients(comparison: Comparison) -> Iterator[Finding]:
                 held, expected = value.cut.of_local(value.gradient), value.cut.of_full(plain.gradient)
                 parts.append(Part(trace.place, held=held, expected=expected))
                 cuts.append(value.cut)
-        if any(distance(part.held, part.expected) > CLOSE * scale for part in parts):
-            yield Finding(_cause_of_gradient(parts, plain.gradient, cuts[0].replicas), name, "gradient")
+        if any(distance(part.held, part.expected) > comparison.tolerance * scale for part in parts):
+            yield Finding(_cause_of_gradient(comparison, parts, plain.gradient, cuts[0].replicas), name, "gradient")
 
 
-def _cause_of_gradient(parts: Sequence[Part], full: torch.Tensor, replicas: int) -> Kind:
+def _cause_of_gradient(comparison: Comparison, parts: Sequence[Part], full: Tensor, replicas: int) -> Kind:
     """By which axis the ranks' gradients add up to the plain one."""
     axes: list[tuple[Callable[[Part], object], Kind]] = [
         (lambda part: (part.place.data, part.place.pipeline, part.place.tensor // replicas), Kind.REPLICATED_GRADIENT),
@@ -203,9 +200,9 @@ def _cause_of_gradient(parts: Sequence[Part], full: torch.Tensor, replicas: int)
         (lambda part: (part.place.tensor, part.place.data), Kind.TIED_GRADIENT),
     ]
     for group_of, kind in axes:
-        wrong = next(part for part in parts if not close(part.held, part.expected))
+        wrong = next(part for part in parts if not comparison.close(part))
         group = [part for part in parts if group_of(part) == group_of(wrong)]
-        evidence = Evidence([part.held for part in group], [part.expected for part in group], full)
+        evidence = comparison.weigh(group, full)
         if evidence.ranks == 1:
             continue
         if evidence.is_scaled(1 / evidence.ranks):
@@ -221,7 +218,7 @@ def _cause_of_gradient(parts: Sequence[Part], full: torch.Tensor, replicas: int)
 
 def _norm(comparison: Comparison) -> Iterator[Finding]:
     plain, norm = comparison.plain.gradient_norm, comparison.ranks[0].gradient_norm
-    if all(isclose(trace.gradient_norm, plain, rel_tol=CLOSE) for trace in comparison.ranks):
+    if all(comparison.agree(trace.gradient_norm, plain) for trace in comparison.ranks):
         return
     kind, names = _cause_of_norm(comparison, norm**2)
     where = names[0] if len(names) == 1 else ""
@@ -238,14 +235,14 @@ def _cause_of_norm(comparison: Comparison, square: float) -> tuple[Kind, list[st
     replicated = [name for name, value in own.parameters.items() if value.cut.dim is None]
     sharded = [name for name, value in own.parameters.items() if value.cut.dim is not None]
     for names in [replicated, *([name] for name in squares)]:
-        if names and isclose(square, exact + (ranks - 1) * sum(squares[name] for name in names), rel_tol=CLOSE):
+        if names and comparison.agree(square, exact + (ranks - 1) * sum(squares[name] for name in names)):
             return Kind.NORM_TWICE, names
     for names in [sharded, *([name] for name in sharded)]:
-        if names and isclose(square, exact + sum(parts[name] - squares[name] for name in names), rel_tol=CLOSE):
+        if names and comparison.agree(square, exact + sum(parts[name] - squares[name] for name in names)):
             return Kind.NORM_NEVER, names
     for name, part in squares.items():
-        if isclose(square, exact - part, rel_tol=CLOSE):
+        if comparison.agree(square, exact - part):
             return Kind.NORM_NEVER, [name]
-    if isclose(square, sum(parts.values()), rel_tol=CLOSE):
+    if comparison.agree(square, sum(parts.values())):
         return Kind.NORM_NEVER, sharded or list(squares)
     return Kind.UNKNOWN, []

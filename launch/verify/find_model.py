@@ -68,7 +68,9 @@ def _batch(own: ModuleType, function: str, text: str, rows: int, sequence: int) 
             raise TypeError(f"{function} returned {type(model).__name__}, not a torch.nn.Module")
         torch.manual_seed(SEED)
         given = getattr(own, "batch", None)
-        return given() if given is not None else made_up_batch(model, rows, sequence)  # type: ignore[no-any-return]
+        if given is not None:
+            return given()  # type: ignore[no-any-return]
+        return made_up_batch(model, rows, sequence, labels=not hasattr(own, "stages"))
     except UserError:
         raise
     except Exception as error:
@@ -77,10 +79,10 @@ def _batch(own: ModuleType, function: str, text: str, rows: int, sequence: int) 
         dist.destroy_process_group()
 
 
-def made_up_batch(model: nn.Module, rows: int, sequence: int) -> Batch:
+def made_up_batch(model: nn.Module, rows: int, sequence: int, *, labels: bool) -> Batch:
     """Random tokens for a model with an embedding, random vectors for one with a linear layer first.
 
-    A model whose forward takes `labels` gets the tokens as labels too.
+    With `labels`, a model whose forward takes labels gets the tokens as labels too; stages of a pipeline take none.
 
     Raises:
         UserError: the model has neither.
@@ -88,8 +90,8 @@ def made_up_batch(model: nn.Module, rows: int, sequence: int) -> Batch:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             tokens = torch.randint(0, getattr(module, "full_num_embeddings", module.num_embeddings), (rows, sequence))
-            takes_labels = "labels" in inspect.signature(model.forward).parameters
-            return [tokens], {"labels": tokens} if takes_labels else {}
+            labels = labels and "labels" in inspect.signature(model.forward).parameters
+            return [tokens], {"labels": tokens} if labels else {}
         if isinstance(module, nn.Linear):
             return [torch.randn(rows, sequence, getattr(module, "full_in_features", module.in_features))], {}
     raise UserError(

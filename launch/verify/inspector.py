@@ -1,6 +1,6 @@
 """What each process of the pool holds: it trains a layout's share, compares it with the plain run, and traces it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 from weft.launch.verify.cut import Cut, Place, aligned, parameter_cut
 from weft.launch.verify.layout import Layout
 from weft.launch.verify.measure import GRADIENT, INITIAL, LOSS, NORM, OUTPUT, WEIGHTS, Judge, Reading, Reference
+from weft.launch.verify.rounding import LowestPrecision
 from weft.launch.verify.subject import Run, Subject, UnfitError
 from weft.launch.verify.trace import ParameterValue, Trace, tracing
 from weft.parallel import build_mesh
@@ -45,7 +46,10 @@ class Inspector:
     def train_plain(self, precision: str) -> Reference:
         """Train the plain model; called on one rank."""
         run = self._subject.build(Layout(), _mesh(Layout()), getattr(torch, precision))
-        reference = Reference(initial=_full_parameters(run), output=run.output())
+        reference = Reference(initial=_full_parameters(run))
+        with LowestPrecision() as lowest:
+            reference.output = run.output()
+        reference.computed_in = str(lowest.dtype).removeprefix("torch.")
         for number in range(self._subject.steps):
             loss, norm = run.step(number)
             reference.losses.append(loss)
@@ -79,7 +83,7 @@ class Inspector:
         held = self._held(run, mesh)
         initial = {name: parameter.detach().clone() for name, parameter, _ in held}
         self._repair(_recut(held, mesh, chunks))
-        with tracing(_named_modules(run), trace.values):
+        with tracing(run.named_modules(), trace.values):
             trace.loss, trace.gradient_norm = run.step(0)
         trace.own_loss, trace.targets = run.own_loss, run.targets
         for name, parameter, cut in held:
@@ -150,12 +154,6 @@ def _compare_parameters(
 
 def _full_parameters(run: Run) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter, _ in run.parameters()}
-
-
-def _named_modules(run: Run) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its global name; a stage as a whole is none of the plain model's."""
-    for module in run.modules:
-        yield from ((name, child) for name, child in module.named_modules() if name or run.whole)
 
 
 def _mesh(layout: Layout) -> DeviceMesh:

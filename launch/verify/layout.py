@@ -1,10 +1,15 @@
 """The layouts to verify: every way to arrange up to N processes, and the choice of some of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 
 from weft.launch.errors import UserError
+from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
+from weft.parallel.pipeline.table import ScheduleError
+
+MICROBATCHES = 4
+STAGES_PER_RANK = (2, 1)  # in the order of trial: with one, an interleaved schedule is a plain one
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,25 @@ def grids(processes: int) -> list[Layout]:
     sizes = range(1, processes + 1)
     found = [Layout(data, tensor, pipeline) for pipeline, data, tensor in product(sizes, repeat=3)]
     return sorted((grid for grid in found if 2 <= grid.ranks <= processes), key=lambda grid: grid.ranks)
+
+
+def schedules(grid: Layout, name: str, stages_per_rank: int, plan: Plan) -> Iterator[Layout]:
+    """The grid with the schedule of that name first, and with every other, two stages per rank where it takes them."""
+    if grid.pipeline == 1:
+        yield grid
+        return
+    for other in dict.fromkeys([name, *BUILDERS]):
+        reason = ""
+        for stages in (stages_per_rank,) if other == name else STAGES_PER_RANK:
+            try:
+                build_schedule(other, grid.pipeline, MICROBATCHES, stages)
+            except ScheduleError as error:
+                reason = str(error)
+            else:
+                yield replace(grid, schedule=other, stages_per_rank=stages)
+                break
+        else:
+            plan.skip(f"{grid.sizes}, {other}", reason)
 
 
 class Choice:

@@ -42,7 +42,9 @@ class Reading:
 class Reference:
     """What the plain model did in one process.
 
-    `rounding` holds, for each quantity or `quantity parameter`, how far this run is from the one in float64.
+    Attributes:
+        rounding: for each quantity or `quantity parameter`, how far this run is from the one in float64.
+        computed_in: the coarsest precision that the model has used inside.
     """
 
     output: Tensor | None = None
@@ -52,6 +54,7 @@ class Reference:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)
+    computed_in: str = "float64"
 
     def compare_with_exact(self, exact: "Reference") -> None:
         """Note how far rounding alone has taken this run: what a layout may differ by too."""
@@ -69,7 +72,7 @@ class Judge:
 
     def __init__(self, reference: Reference, precision: str) -> None:
         self.reference = reference
-        self._tolerance = TOLERANCE[precision]
+        self._tolerance = max(TOLERANCE[precision], TOLERANCE[reference.computed_in])
         self._scales: dict[str, float] = {
             INITIAL: _largest(reference.initial.values()),
             GRADIENT: _largest(reference.gradients.values()),

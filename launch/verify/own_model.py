@@ -4,6 +4,7 @@ def build(mesh): ...                  # the model over the tensor ranks of `mesh
 def batch(): ...                      # optional: (args, kwargs) of the forward, batch in dim 0
 def loss(output): ...                 # optional: a scalar, the mean over the rows
 def gradient_norm(model, mesh): ...   # optional: the user's own, to be verified
+def stages(model, count): ...         # optional: the model cut into that many pipeline stages, around its parameters
 """
 
 import sys
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from weft.launch.optimizer import build_optimizer
 from weft.launch.sections import OptimizerSettings
-from weft.launch.verify.layout import Layout, Plan, grids
+from weft.launch.verify.layout import Layout, Plan, grids, schedules
 from weft.launch.verify.subject import UnfitError
 from weft.launch.verify.trace import floating_tensors
 from weft.parallel import counted_parameters, gradient_norm
@@ -57,15 +58,16 @@ class OwnModel:
         return next((value.shape[0] for value in _tensors(self.batch) if value.dim()), 1)
 
     def plan(self, processes: int) -> Plan:
-        """Every data × tensor size."""
+        """Every data × tensor size, and pipeline × schedule when the module has `stages`."""
         plan = Plan()
+        cut = hasattr(import_from(self.folder, self.module), "stages")
         for grid in grids(processes):
-            if grid.pipeline > 1:
+            if grid.pipeline > 1 and not cut:
                 continue
             if self.rows % grid.data:
                 plan.skip(grid.sizes, f"The batch of {self.rows} rows does not divide over data {grid.data}.")
             else:
-                plan.layouts.append(grid)
+                plan.layouts += schedules(grid, grid.schedule, 1, plan)
         return plan
 
     def build(
@@ -76,9 +78,13 @@ class OwnModel:
         try:
             # drawn in torch's default float32, so that every precision starts from the same weights
             model = getattr(own, self.function)(mesh["tensor"]).to(dtype)
+            if layout.pipeline == 1:
+                return OwnRun(own, model, mesh, dtype, self.batch)
+            from weft.launch.verify.own_pipeline import OwnPipelineRun
+
+            return OwnPipelineRun(own, model, mesh, dtype, self.batch, layout, microbatches)
         except ValueError as error:
             raise UnfitError(str(error)) from None
-        return OwnRun(own, model, mesh, dtype, self.batch)
 
 
 def import_from(folder: str, module: str) -> ModuleType:
@@ -91,67 +97,73 @@ def import_from(folder: str, module: str) -> ModuleType:
 class OwnRun:
     """The user's model on one rank, trained by AdamW; losses and gradients are averaged over data ranks."""
 
-    whole = True
-
     def __init__(self, own: ModuleType, model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, batch: Batch) -> None:
-        self.model, self.tensor, self.data = model, mesh["tensor"], mesh["data"]
+        self.own, self.model, self.dtype = own, model, dtype
+        self.tensor, self.data = mesh["tensor"], mesh["data"]
         self.own_loss: float | None = None
-        self._own, self._dtype = own, dtype
-        self._arguments, self._keywords = own_rows(batch, self.data, dtype)
-        self._optimizer = build_optimizer(model.parameters(), OptimizerSettings())
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        return [self.model]
+        self.arguments, self.keywords = own_rows(batch, self.data, dtype)
+        self.optimizer = build_optimizer(model.parameters(), OptimizerSettings())
 
     @property
     def targets(self) -> tuple[int, ...]:
-        tensors = _tensors((self._arguments, self._keywords))
+        tensors = _tensors((self.arguments, self.keywords))
         return tuple(int((tensor >= 0).sum()) for tensor in tensors if not tensor.is_floating_point())
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from self.model.named_modules()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
         return sharded_parameters(self.model)
 
     def output(self) -> Tensor | None:
-        """The first floating-point tensor that the model returns."""
+        """The logits or the first floating-point tensor that the model returns."""
         self.model.eval()
-        with torch.no_grad():
-            return next(iter(floating_tensors(self._forward())), None)
+        with torch.no_grad(), default_dtype(self.dtype):
+            return shown(self.model(*self.arguments, **self.keywords))
 
     def step(self, number: int) -> tuple[float, float]:
         self.model.train()
-        self._optimizer.zero_grad()
-        loss = self._loss(self._forward()) / self.data.size()
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = loss.detach().clone()
+        self.optimizer.zero_grad()
+        with default_dtype(self.dtype):
+            total = self.backward()
         self.own_loss = float(total) * self.data.size()
         if self.data.size() > 1:
             for tensor in (total, *(p.grad for p in self.model.parameters() if p.grad is not None)):
                 dist.all_reduce(tensor, group=self.data.get_group())
-        norm = self._gradient_norm()
-        self._optimizer.step()
+        norm = self.gradient_norm()
+        self.optimizer.step()
         return float(total), norm
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    def _forward(self) -> Any:
-        with _default_dtype(self._dtype):
-            return self.model(*self._arguments, **self._keywords)
+    def backward(self) -> Tensor:
+        """Backpropagate this rank's share of the loss, and return it."""
+        share = self.loss(self.model(*self.arguments, **self.keywords))
+        share.backward()  # type: ignore[no-untyped-call]
+        return share.detach().clone()
 
-    def _gradient_norm(self) -> float:
-        own = getattr(self._own, "gradient_norm", None)
+    def loss(self, output: Any) -> Tensor:
+        """This data rank's share of the loss: its mean over the rows by the number of data ranks."""
+        own = getattr(self.own, "loss", None)
+        result = getattr(output, "loss", None) if own is None else own(output)
+        if result is None:
+            first = shown(output)
+            assert first is not None
+            result = first if first.numel() == 1 else first.square().mean()
+        return result / self.data.size()  # type: ignore[no-any-return]
+
+    def gradient_norm(self) -> float:
+        own = getattr(self.own, "gradient_norm", None)
         if own is not None and own is not gradient_norm:  # weft's own may be imported there
             return float(own(self.model, self.tensor))
         return float(gradient_norm(counted_parameters([self.model], self.tensor), [self.tensor]))
 
-    def _loss(self, output: Any) -> Tensor:
-        own = getattr(self._own, "loss", None)
-        result = getattr(output, "loss", None) if own is None else own(output)
-        if result is None:
-            first = floating_tensors(output)[0]
-            result = first if first.numel() == 1 else first.square().mean()
-        return result  # type: ignore[no-any-return]
+
+def shown(output: Any) -> Tensor | None:
+    """What is compared of a model's output: its logits if it names them, else its first floating-point tensor."""
+    logits = getattr(output, "logits", None)
+    return next(iter(floating_tensors(output if logits is None else logits)), None)
 
 
 def own_rows(batch: Batch, data: DeviceMesh, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
@@ -175,7 +187,7 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

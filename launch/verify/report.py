@@ -109,6 +109,8 @@ def _notes(report: Report) -> Iterator[str]:
     schedules = dict.fromkeys(r.layout.schedule for r in report.results if r.layout.pipeline > 1)
     if len(schedules) > 1:
         yield f"schedules: {', '.join(schedules)}"
+    if report.computed_in != "float64":
+        yield f"The model computes parts in {report.computed_in} whatever it is given; float64 may differ by as much."
     yield from _skipped(report)
     yield from _rounding(report)
 
@@ -123,7 +125,7 @@ def _skipped(report: Report) -> Iterator[str]:
 
 def _rounding(report: Report) -> Iterator[str]:
     """What is right though it is over the tolerance."""
-    for precision, tolerance in TOLERANCE.items():
+    for precision, tolerance in list(TOLERANCE.items())[1:]:
         readings = [
             (what, reading)
             for result in report.results
@@ -153,7 +155,7 @@ def _by_finding(report: Report) -> list[tuple[Finding, list[str]]]:
 def _told(finding: Finding, layouts: list[str]) -> Text:
     where = f"{finding.where}, {finding.value}" if finding.where else finding.value
     return Text.assemble(
-        ("\nFirst wrong: ", "bold red"), (where, "bold"), f"  in {'; '.join(layouts)}",
+        ("\nFirst wrong: ", "bold red"), (where, "bold"), f" in {'; '.join(layouts)}",
         ("\nLikely cause: ", "bold red"), (finding.kind, "bold"), f". {finding.explanation}",
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from weft.launch.verify.causes import Kind
 from weft.launch.verify.diagnose import Chunks, Finding, diagnose
 from weft.launch.verify.inspector import Inspector, Measurement
 from weft.launch.verify.layout import Choice, Layout, Plan, Skipped
-from weft.launch.verify.measure import QUANTITIES, Reading, Reference, worst
+from weft.launch.verify.measure import QUANTITIES, TOLERANCE, Reading, Reference, worst
 from weft.launch.verify.pool import CallError, CallTimeoutError, Pool
 from weft.launch.verify.subject import Subject
 from weft.launch.verify.trace import Trace
@@ -41,7 +41,10 @@ class Result:
 
 @dataclass
 class Report:
-    """What came of all layouts."""
+    """What came of all layouts.
+
+    `computed_in`: the coarsest precision that the plain model uses inside when it is given float64.
+    """
 
     name: str
     output_name: str
@@ -50,6 +53,7 @@ class Report:
     skipped: list[Skipped]
     results: list[Result] = field(default_factory=list)
     seconds: float = 0.0
+    computed_in: str = "float64"
 
     @property
     def wrong(self) -> list[Result]:
@@ -71,10 +75,10 @@ def verify(
     report = Report(subject.name, subject.output_name, pool.size, subject.steps, plan.skipped)
     watch("one process")
     pool.hold(partial(Inspector, subject))
-    _train_plain(pool)
+    report.computed_in = _train_plain(pool)
     for number, layout in enumerate(plan.layouts, 1):
         watch(f"{number}/{len(plan.layouts)} {layout}")
-        result = _verify_layout(pool, layout)
+        result = _verify_layout(pool, layout, report.computed_in)
         if isinstance(result, Result):
             report.results.append(result)
         else:
@@ -100,32 +104,35 @@ def _nothing_fits(skipped: Sequence[Skipped], processes: int) -> UserError:
     return UserError(f"No layout of up to {processes} processes fits: {reasons}")
 
 
-def _train_plain(pool: Pool) -> None:
-    exact = None
+def _train_plain(pool: Pool) -> str:
+    """Have every process know what the plain model does; returns the precision in which it computes inside."""
+    exact = Reference()
     for precision in PRECISIONS:
         try:
             reference: Reference = pool.call(1, "train_plain", precision)[0]
         except (CallError, CallTimeoutError) as error:
             raise UserError(f"The plain model, in one process, fails: {_told(error)}") from None
-        exact = exact or reference
+        if precision == PRECISIONS[0]:
+            exact = reference
         reference.compare_with_exact(exact)
         pool.teach("learn", precision, reference)
+    return exact.computed_in
 
 
-def _verify_layout(pool: Pool, layout: Layout) -> Result | Skipped:
+def _verify_layout(pool: Pool, layout: Layout, computed_in: str) -> Result | Skipped:
     start = perf_counter()
     try:
         answers: list[Measurement | str] = pool.call(layout.ranks, "measure", layout)
         refusals = [answer for answer in answers if isinstance(answer, str)]
         if refusals:
-            return Skipped(layout.sizes, refusals[0])
+            return Skipped(str(layout), refusals[0])
         measured = [answer for answer in answers if isinstance(answer, Measurement)]
         readings = _worst_of_ranks(measured)
         if _has_all_parameters(measured) and all(
             reading.right for values in readings.values() for reading in values.values()
         ):
             return Result(layout, "right", readings, seconds=perf_counter() - start)
-        findings = _diagnose(pool, layout, readings)
+        findings = _diagnose(pool, layout, readings, computed_in)
     except (CallError, CallTimeoutError) as error:
         return Result(layout, "failed", message=_told(error), seconds=perf_counter() - start)
     return Result(layout, "wrong", readings, findings, seconds=perf_counter() - start)
@@ -147,13 +154,13 @@ def _worst_of_ranks(measured: Sequence[Measurement]) -> dict[str, dict[str, Read
     }
 
 
-def _diagnose(pool: Pool, layout: Layout, readings: dict[str, dict[str, Reading]]) -> list[Finding]:
+def _diagnose(pool: Pool, layout: Layout, readings: dict[str, dict[str, Reading]], computed_in: str) -> list[Finding]:
     plain: Trace = pool.call(1, "trace", Layout(), {})[0]
 
     def retrace(chunks: Chunks) -> list[Trace]:
         return pool.call(layout.ranks, "trace", layout, chunks)
 
-    found = diagnose(plain, retrace({}), retrace)
+    found = diagnose(plain, retrace({}), retrace, tolerance=10 * TOLERANCE[computed_in])
     if found:
         return found
     over = [what for values in readings.values() for what, reading in values.items() if not reading.right]

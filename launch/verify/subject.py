@@ -1,6 +1,6 @@
 """What can be verified: a model that can be built on any mesh and trained there, step by step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -19,20 +19,15 @@ class Run(Protocol):
     """One rank's part of a model in training."""
 
     @property
-    def modules(self) -> Sequence[nn.Module]:
-        """What this rank has built."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether this rank holds all layers, so that its one module takes and gives what the plain model does."""
-
-    @property
     def own_loss(self) -> float | None:
         """This rank's loss of the last step before it was averaged over data ranks, where that is done."""
 
     @property
     def targets(self) -> tuple[int, ...]:
         """For each integer tensor of this rank's batch, how many of its entries are not negative."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules by their names in the plain model that take and give what they do there."""
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
         """The parameters by their global names."""

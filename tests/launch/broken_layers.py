@@ -244,6 +244,22 @@ class SummedLoss(Model):
         return super().loss(logits, targets) * targets.shape[0]
 
 
+class Float32Inside(nn.Module):
+    """Right, but for its precision: the down projection adds up in float32 whatever it is given."""
+
+    def __init__(self, in_features: int, out_features: int, *, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.linear = RowParallelLinear(in_features, out_features, mesh=mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = F.linear(x.float(), self.linear.weight.float())
+        return all_reduce(partial, self.linear.mesh).to(x.dtype) + self.linear.bias
+
+
+def build_float32_inside(mesh: DeviceMesh) -> nn.Module:
+    return Model(mesh, down=Float32Inside)
+
+
 def build_sum_missing(mesh: DeviceMesh) -> nn.Module:
     return Model(mesh, down=WithoutSum)
 

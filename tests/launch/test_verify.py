@@ -112,6 +112,26 @@ def test_layouts_that_the_model_refuses_are_skipped(ranks: Pool) -> None:
     assert [str(result.layout) for result in report.results] == ["data 2"]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+def test_stages_of_the_users_own_are_run_by_the_schedules(ranks: Pool, schedule: str) -> None:
+    (result,) = verify_own(ranks, "staged_model:build", f"pipeline=2,schedule={schedule}")
+    assert result.verdict == "right"
+    assert result.readings["float64"]["gradient"].error < 1e-14
+
+
+def test_the_wrong_layer_of_a_stage_is_found(ranks: Pool) -> None:
+    (result,) = verify_own(ranks, "broken_stages:build", "pipeline=2,schedule=1f1b")
+    assert (result.findings[0].where, result.findings[0].value) == ("layers.3", "output (forward)")
+
+
+def test_a_model_that_computes_in_float32_is_held_to_that(ranks: Pool) -> None:
+    subject = find_model("tests.launch.broken_layers:build_float32_inside", steps=2, rows=ROWS, sequence=SEQUENCE)
+    report = verify(subject, ranks, Choice([]))
+    assert report.computed_in == "float32"
+    assert {result.verdict for result in report.results} == {"right"}
+    assert max(result.readings["float64"]["gradient"].error for result in report.results) > 1e-10
+
+
 def engine_subject(kind: type[ConfigModel], **parallel: Any) -> ConfigModel:
     settings = build_settings(
         {
