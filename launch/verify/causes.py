@@ -32,7 +32,7 @@ class Kind(StrEnum):
     TIED_GRADIENT = "tied copies' gradients not summed"
     NORM_TWICE = "gradient norm counts a parameter twice"
     NORM_NEVER = "gradient norm leaves a shard out"
-    LAYERS = "parameters missing or invented"
+    MISSING = "parameters missing"
     UNKNOWN = "unknown"
 
 
@@ -71,7 +71,7 @@ EXPLANATIONS = {
     "replicated on one rank only.",
     Kind.NORM_NEVER: "The norm is the one without this. Declare how the parameter is sharded, and add the squares of "
     "all ranks before the root.",
-    Kind.LAYERS: "Every parameter of the plain model must be on at least one rank, by the same name.",
+    Kind.MISSING: "Every parameter of the plain model must be on at least one rank, by the same name.",
     Kind.UNKNOWN: "None of the known mistakes would give this value.",
 }
 

@@ -63,7 +63,7 @@ def _missing_parameters(comparison: Comparison) -> Iterator[Finding]:
     held = {name for trace in comparison.ranks for name in trace.parameters}
     missing = [name for name in comparison.plain.parameters if name not in held]
     if missing:
-        yield Finding(Kind.LAYERS, missing[0], "on no rank", f"Missing: {_listed(missing)}.")
+        yield Finding(Kind.MISSING, missing[0], "on no rank", f"Missing: {_listed(missing)}.")
 
 
 def _initial_weights(comparison: Comparison) -> Iterator[Finding]:

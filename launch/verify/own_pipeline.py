@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from weft.launch.verify.layout import Layout
 from weft.launch.verify.own_model import Batch, OwnRun, shown
 from weft.parallel import PipelineExecutor, PipelineStage, build_schedule, counted_parameters, gradient_norm
-from weft.parallel.pipeline.split_stages import AddNothing, PassOn, StageModule
+from weft.parallel.elsewhere import Elsewhere
+from weft.parallel.pipeline.split_stages import StageModule
 from weft.parallel.sharding import Sharding
 
 MICROBATCHES = 2
@@ -49,7 +50,7 @@ class OwnPipelineRun(OwnRun):
         for part in self._parts:
             model = part.model if isinstance(part, StageModule) else part
             for name, module in model.named_modules():
-                if name and not any(isinstance(child, (PassOn, AddNothing)) for child in module.modules()):
+                if name and not any(isinstance(child, Elsewhere) for child in module.modules()):
                     yield name, module
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:

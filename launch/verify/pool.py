@@ -76,6 +76,8 @@ class Pool:
         """
         self._fill()
         workers = self._workers[:ranks]
+        for worker in workers:
+            worker.wait_until_ready()
         self._calls += 1
         for rank, worker in enumerate(workers):
             worker.send((rank, ranks, f"call{self._calls}", self.timeout, method, arguments))
@@ -100,7 +102,7 @@ class Pool:
     def _collect(self, workers: "list[_Worker]") -> list[Any]:
         results: dict[int, Any] = {}
         failures: list[RankFailure] = []
-        deadline = time.monotonic() + self.timeout + START_SECONDS * any(not worker.ready for worker in workers)
+        deadline = time.monotonic() + self.timeout
         while busy := {worker.connection: rank for rank, worker in enumerate(workers) if worker.busy}:
             answered = wait(list(busy), max(0.0, deadline - time.monotonic()))
             if not answered:
@@ -139,6 +141,13 @@ class _Worker:
         theirs.close()  # or the end of the process would not end the pipe
         self.busy = self.ready = False
 
+    def wait_until_ready(self) -> None:
+        """Let a new process import torch; a group's time limit is for what its ranks do."""
+        if not self.ready and not self.connection.poll(START_SECONDS):
+            raise RunError(f"a process did not start within {START_SECONDS:g} s; is the machine overloaded?")
+        if not self.ready:
+            self.receive(0)
+
     def send(self, job: tuple[Any, ...]) -> None:
         self.busy = True
         with suppress(BrokenPipeError):  # it has died; receive says so
@@ -174,6 +183,7 @@ def _serve(connection: Connection, port: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's code prints is no part of the report
     torch.set_num_threads(1)  # ranks that share cores would wait for each other's threads
+    connection.send_bytes(pickle.dumps("ready"))
     held: Any = None
     store = TCPStore("127.0.0.1", port, is_master=False)
     while True:

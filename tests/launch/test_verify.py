@@ -176,7 +176,7 @@ def test_a_broken_engine_is_found_and_named(
 
 def test_a_layer_on_no_stage_is_missed(ranks: Pool) -> None:
     (result,) = verify(engine_subject(broken_engines.LosesLayer), ranks, Choice(["pipeline=2,schedule=gpipe"])).results
-    assert result.findings[0].kind == Kind.LAYERS
+    assert result.findings[0].kind == Kind.MISSING
     assert result.findings[0].where.startswith("layers.1.")
 
 
