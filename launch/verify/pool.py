@@ -6,7 +6,6 @@ object of its own; a call runs one of its methods on as many ranks as it needs.
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -151,7 +150,7 @@ class _Worker:
     def send(self, job: tuple[Any, ...]) -> None:
         self.busy = True
         with suppress(BrokenPipeError):  # it has died; receive says so
-            self.connection.send_bytes(pickle.dumps(job))
+            self.connection.send(job)
 
     def learn(self, method: str, arguments: tuple[Any, ...]) -> None:
         self.send((0, 0, "", 0.0, method, arguments))
@@ -161,7 +160,7 @@ class _Worker:
         """A one-tuple of the method's result, or how the rank failed."""
         self.busy, self.ready = False, True
         try:
-            return pickle.loads(self.connection.recv_bytes())
+            return self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             return RankFailure(rank, self.process.exitcode or 0)
@@ -183,11 +182,11 @@ def _serve(connection: Connection, port: int) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's code prints is no part of the report
     torch.set_num_threads(1)  # ranks that share cores would wait for each other's threads
-    connection.send_bytes(pickle.dumps("ready"))
+    connection.send("ready")
     held: Any = None
     store = TCPStore("127.0.0.1", port, is_master=False)
     while True:
-        rank, ranks, name, timeout, method, arguments = pickle.loads(connection.recv_bytes())
+        rank, ranks, name, timeout, method, arguments = connection.recv()
         if not ranks:
             if method:
                 getattr(held, method)(*arguments)
@@ -195,18 +194,17 @@ def _serve(connection: Connection, port: int) -> None:
                 held = arguments[0]()
             continue
         group = {"store": PrefixStore(name, store), "rank": rank, "world_size": ranks}
-        connection.send_bytes(_answer(held, method, arguments, group | {"timeout": timedelta(seconds=timeout)}))
+        connection.send(_answer(held, method, arguments, group | {"timeout": timedelta(seconds=timeout)}))
         _destroy_groups()
 
 
-def _answer(held: Any, method: str, arguments: tuple[Any, ...], group: dict[str, Any]) -> bytes:
+def _answer(held: Any, method: str, arguments: tuple[Any, ...], group: dict[str, Any]) -> Any:
     try:
         dist.init_process_group("gloo", **group)
-        return pickle.dumps((getattr(held, method)(*arguments),))
+        return (getattr(held, method)(*arguments),)
     except Exception as error:
         words = " ".join(str(error).split())
-        failure = RankFailure(group["rank"], 1, type(error).__name__, words, traceback.format_exc(), time.time())
-        return pickle.dumps(failure)
+        return RankFailure(group["rank"], 1, type(error).__name__, words, traceback.format_exc(), time.time())
 
 
 def _destroy_groups() -> None:
