@@ -20,7 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, code in named_files(VERIFY).items():
         (path / name).write_text(code, encoding="utf-8")
     demo = small_demo()
-    demo["model"]["num_hidden_layers"] = 2  # too few for schedules with two stages per rank
+    # too few layers for schedules with two stages per rank, too few heads for most tensor sizes
+    demo["model"] |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3}
     (path / "configs").mkdir()
     (path / "configs/demo.yaml").write_text(yaml.safe_dump(demo), encoding="utf-8")
     return path

@@ -49,7 +49,7 @@ class Counter:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    with Pool(3, timeout=6) as pool:
+    with Pool(3, timeout=4) as pool:
         pool.hold(Counter)
         pool.teach("learn", 5)
         pool.teach("learn", 1)
@@ -79,7 +79,7 @@ def test_a_rank_that_dies_is_told_and_replaced_by_one_that_knows_as_much(pool: P
 
 def test_a_rank_that_does_not_answer_is_ended(pool: Pool) -> None:
     before = pool.call(2, "process")
-    with pytest.raises(CallTimeoutError, match="rank 1 gave no answer within 6 s"):
+    with pytest.raises(CallTimeoutError, match="rank 1 gave no answer within 4 s"):
         pool.call(2, "sleep_on_last")
     assert not psutil.pid_exists(before[1])
     assert pool.call(2, "tell") == [(6, 3)] * 2
