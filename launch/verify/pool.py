@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -129,6 +130,17 @@ class Pool:
             self._workers.remove(worker)
 
 
+class _ByValue(ForkingPickler):
+    """Sends tensors by their values.
+
+    As torch sends them, each takes a file descriptor, of which a process may have 256, and shared memory, of which a
+    container may have 64 MB.
+    """
+
+    def reducer_override(self, item: Any) -> Any:
+        return (torch.from_numpy, (item.numpy(),)) if type(item) is torch.Tensor else NotImplemented
+
+
 class _Worker:
     """The parent's end of one process."""
 
@@ -150,7 +162,7 @@ class _Worker:
     def send(self, job: tuple[Any, ...]) -> None:
         self.busy = True
         with suppress(BrokenPipeError):  # it has died; receive says so
-            self.connection.send(job)
+            self.connection.send_bytes(_ByValue.dumps(job))
 
     def learn(self, method: str, arguments: tuple[Any, ...]) -> None:
         self.send((0, 0, "", 0.0, method, arguments))
@@ -194,7 +206,8 @@ def _serve(connection: Connection, port: int) -> None:
                 held = arguments[0]()
             continue
         group = {"store": PrefixStore(name, store), "rank": rank, "world_size": ranks}
-        connection.send(_answer(held, method, arguments, group | {"timeout": timedelta(seconds=timeout)}))
+        answer = _answer(held, method, arguments, group | {"timeout": timedelta(seconds=timeout)})
+        connection.send_bytes(_ByValue.dumps(answer))
         _destroy_groups()
 
 

@@ -1,6 +1,7 @@
 """The processes of `weft verify`: groups of any size, failures told, nothing that hangs or is left behind."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ class Counter:
         total = torch.tensor(dist.get_rank() + 1)
         dist.all_reduce(total)
         return self.lessons, int(total)
+
+    def echo(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return tensors
 
     def process(self) -> int:
         return os.getpid()
@@ -59,6 +63,17 @@ def pool() -> Iterator[Pool]:
 @pytest.mark.parametrize("ranks", [1, 3, 2])
 def test_a_call_runs_in_a_group_of_its_own(pool: Pool, ranks: int) -> None:
     assert pool.call(ranks, "tell") == [(6, ranks * (ranks + 1) // 2)] * ranks
+
+
+def test_tensors_are_sent_whatever_few_files_a_process_may_open(pool: Pool) -> None:
+    sent = [torch.arange(number % 5, dtype=torch.float64) for number in range(1000)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        (received,) = pool.call(1, "echo", sent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(map(torch.equal, sent, received))
 
 
 def test_the_rank_that_fails_first_is_told(pool: Pool) -> None:
