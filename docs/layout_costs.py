@@ -99,7 +99,7 @@ def _pipeline_bytes(layout: Layout, stage: int) -> float:
     boundary = layout.activation / (layout.tensor if layout.sequence_parallel else 1)
     if stage == layout.pipeline - 1:
         gradients = layout.microbatches * boundary if stage else 0.0
-        return gradients + stage * 8 * layout.microbatches
+        return gradients + stage * 8 * (layout.microbatches + 1)
     return layout.microbatches * boundary * (2 if stage else 1) + HEADER
 
 
