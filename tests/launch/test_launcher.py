@@ -78,10 +78,9 @@ def log(folder: Path, name: str) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("chosen", [{}, {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "2"}])
-def test_ranks_meet_and_only_rank_0_writes_to_the_terminal(
-    start: Start, tmp_path: Path, chosen: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("user_chooses", [False, True])
+def test_ranks_meet_and_only_rank_0_writes_to_the_terminal(start: Start, tmp_path: Path, user_chooses: bool) -> None:
+    chosen = {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "2"} if user_chooses else {}
     process = start(job.succeed, "train.steps=2", **chosen)
     output, errors = process.communicate(timeout=120)
     threads = chosen.get("OMP_NUM_THREADS", "1")
