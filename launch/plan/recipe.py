@@ -1,0 +1,44 @@
+"""How a training run stores numbers: what one parameter, gradient, moment, activation and logit takes.
+
+ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1): mixed-precision Adam takes 2 + 2 + 12 bytes per parameter:
+parameter and gradient in half precision; master copy, momentum and variance in single.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bytes of everything that is held.
+
+    Attributes:
+        precision: number format of the matrix products, a key of the cluster's peak rates.
+        parameter, gradient: bytes of one, as the model computes with it and as it is summed over microbatches.
+        optimizer: bytes per parameter of master copy and moments together.
+        activation: bytes of one kept feature.
+        attention: "fused" keeps no scores (FlashAttention), "plain" keeps them for every pair of tokens.
+        gated_copies: intermediate-sized tensors kept of a gated MLP: gate, up and product when one kernel does all
+            between the two matrix products, the activated gate besides when not.
+        logit: bytes per logit at the worst moment of the loss.
+        workspace: bytes that the libraries of a rank hold whatever it computes.
+    """
+
+    precision: str = "bf16"
+    parameter: int = 2
+    gradient: int = 4
+    optimizer: int = 12
+    activation: int = 2
+    attention: Literal["fused", "plain"] = "fused"
+    gated_copies: int = 3
+    logit: int = 10
+    workspace: int = 0
+
+    @property
+    def state(self) -> int:
+        """Bytes per parameter of everything that outlives a step, unsharded."""
+        return self.parameter + self.gradient + self.optimizer
+
+
+WEFT = Recipe(precision="fp32", parameter=4, gradient=4, optimizer=8, activation=4, gated_copies=4, logit=12)
+MEGATRON = Recipe()
