@@ -29,6 +29,7 @@ from weft.parallel import (
     split,
 )
 from weft.parallel.random import Constant, Distribution, Normal
+from weft.parallel.tensor.cache import CachedLayer, CachedTokens
 from weft.parallel.tensor.matmul import column_matmul
 
 Rotary = tuple[Tensor, Tensor]
@@ -96,9 +97,16 @@ class Block(nn.Module):
         self.attention_dropout = ResidualDropout(config, f"{place}.attention_residual", **options)
         self.mlp_dropout = ResidualDropout(config, f"{place}.mlp_residual", **options)
 
-    def forward(self, x: Tensor, *, rotary: Rotary | None, dropout_key: DropoutKey | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: Rotary | None,
+        dropout_key: DropoutKey | None = None,
+        cache: CachedLayer | None = None,
+    ) -> Tensor:
         """x and result: `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]`)."""
-        attended = self.self_attn(self.input_layernorm(x), rotary=rotary, dropout_key=dropout_key)
+        attended = self.self_attn(self.input_layernorm(x), rotary=rotary, dropout_key=dropout_key, cache=cache)
         x = x + self.attention_dropout(attended, dropout_key)
         result: Tensor = x + self.mlp_dropout(self.mlp(self.post_attention_layernorm(x)), dropout_key)
         return result
@@ -190,33 +198,40 @@ class DecoderStage(nn.Module):
         holder = "embed_tokens.weight" if self.first else "lm_head.weight"
         return {"embed_tokens.weight": self.get_parameter(holder)}
 
-    def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None, cache: CachedTokens | None = None) -> Tensor:
+        """With a `cache`, which sequence parallelism cannot have, x holds new tokens of sequences that it knows."""
         if self.first:
-            x = self._embed(x, dropout_key)
-        rotary = self._rotary(x)
-        for block in self.layers.values():
+            x = self._embed(x, dropout_key, cache)
+        rotary = self._rotary(x, cache)
+        for name, block in self.layers.items():
             if self.recompute == "full" and torch.is_grad_enabled():
                 x = recomputed(block, x, rotary=rotary, dropout_key=dropout_key)
             else:
-                x = block(x, rotary=rotary, dropout_key=dropout_key)
+                cached = None if cache is None else cache.layer(name)
+                x = block(x, rotary=rotary, dropout_key=dropout_key, cache=cached)
         if self.last:
             x = self.lm_head(self.norm(x))
         return x
 
-    def _embed(self, tokens: Tensor, key: DropoutKey | None) -> Tensor:
+    def _embed(self, tokens: Tensor, key: DropoutKey | None, cache: CachedTokens | None) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
         if self.config.positions == "learned":
-            x = x + self.embed_positions.weight[: tokens.shape[1]]
+            places = self.embed_positions.weight[: tokens.shape[1]]
+            x = x + (places if cache is None else self.embed_positions(cache.positions))
             if self.sequence_parallel:
                 x = split(x, self.mesh, 1)
         result: Tensor = self.embed_dropout(x, key)
         return result
 
-    def _rotary(self, x: Tensor) -> Rotary | None:
+    def _rotary(self, x: Tensor, cache: CachedTokens | None) -> Rotary | None:
         if self.config.positions != "rotary" or not self.layers:
             return None
-        length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
-        return rotary_table(length, self.config.head_dim, self.config.rope_theta, device=x.device, dtype=x.dtype)
+        if cache is not None:
+            positions = cache.positions.unsqueeze(1)  # [rows, 1, queries], for all heads
+        else:
+            length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
+            positions = torch.arange(length, device=x.device)
+        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype=x.dtype)
 
 
 def make_norm(config: ModelConfig, **options: Any) -> nn.Module:

@@ -40,6 +40,7 @@ from .sharding import gather_full as gather_full
 from .sharding import shardings as shardings
 from .sharding import take_shard as take_shard
 from .tensor.attention import ParallelSelfAttention as ParallelSelfAttention
+from .tensor.cache import KeyValueCache as KeyValueCache
 from .tensor.check import check_parallel as check_parallel
 from .tensor.chunked_loss import linear_cross_entropy as linear_cross_entropy
 from .tensor.dropout import Dropout as Dropout

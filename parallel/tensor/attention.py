@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.recompute import recomputed
+from weft.parallel.tensor.cache import CachedLayer
 from weft.parallel.tensor.divide import check_heads
 from weft.parallel.tensor.dropout import Dropout, DropoutKey
 from weft.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
@@ -78,15 +79,20 @@ class ParallelSelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         dropout_key: DropoutKey | None = None,
+        cache: CachedLayer | None = None,
     ) -> Tensor:
-        """Attend within x.
+        """Attend within x and, with a cache, to the tokens before it.
 
-        `rotary`: cosines and sines, each `[sequence, head_dim]`. `mask`: added to the scores or boolean (True: attend),
-        broadcast to `[batch, heads / tensor, sequence, sequence]`; it replaces the causal mask.
+        `rotary`: cosines and sines, each `[sequence, head_dim]` or, where rows differ in their positions, `[batch, 1,
+        sequence, head_dim]`. `mask`: added to the scores or boolean (True: attend), broadcast to `[batch, heads /
+        tensor, sequence, sequence]`; it replaces the causal mask. With a `cache`, its mask holds instead.
         """
         q, k, v = self._project(x)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            mask = cache.tokens.mask
         if self.recompute_core and torch.is_grad_enabled():
             heads = recomputed(self._attend, q, k, v, mask, dropout_key)
         else:
@@ -140,7 +146,8 @@ class ParallelSelfAttention(nn.Module):
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) with the halves of the head paired, as Hugging Face stores them.
 
-    Shapes: x `[batch, heads, sequence, head_dim]`, cosines and sines `[sequence, head_dim]`.
+    Shapes: x `[batch, heads, sequence, head_dim]`, cosines and sines `[sequence, head_dim]` or `[batch, 1, sequence,
+    head_dim]`.
     """
     first, second = x.chunk(2, -1)
     return x * cosines + torch.cat((-second, first), -1) * sines
