@@ -198,8 +198,15 @@ class DecoderStage(nn.Module):
         holder = "embed_tokens.weight" if self.first else "lm_head.weight"
         return {"embed_tokens.weight": self.get_parameter(holder)}
 
-    def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None, cache: CachedTokens | None = None) -> Tensor:
-        """With a `cache`, which sequence parallelism cannot have, x holds new tokens of sequences that it knows."""
+    def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None) -> Tensor:
+        x = self.hidden(x, dropout_key=dropout_key)
+        return self.logits(x) if self.last else x
+
+    def hidden(self, x: Tensor, *, dropout_key: DropoutKey | None = None, cache: CachedTokens | None = None) -> Tensor:
+        """What the last of these blocks gives, before norm and head, `[batch, sequence, hidden]`.
+
+        With a `cache`, which sequence parallelism cannot have, x holds new tokens of sequences that the cache knows.
+        """
         if self.first:
             x = self._embed(x, dropout_key, cache)
         rotary = self._rotary(x, cache)
@@ -209,9 +216,12 @@ class DecoderStage(nn.Module):
             else:
                 cached = None if cache is None else cache.layer(name)
                 x = block(x, rotary=rotary, dropout_key=dropout_key, cache=cached)
-        if self.last:
-            x = self.lm_head(self.norm(x))
         return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """This rank's part of the vocabulary's logits, on the last stage: `[batch, sequence, ceil(vocab / tensor)]`."""
+        result: Tensor = self.lm_head(self.norm(x))
+        return result
 
     def _embed(self, tokens: Tensor, key: DropoutKey | None, cache: CachedTokens | None) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)

@@ -74,7 +74,7 @@ def pieces_against_whole(stage: Any, cache: KeyValueCache, mesh: Any, prompt: in
         positions = torch.tensor(starts)[:, None] + torch.arange(count)
         tokens = torch.stack([row[start : start + count] for row, start in zip(rows, starts, strict=True)])
         view = cache.open(1, positions, int(positions.max()) + 1, fresh=fresh and step == 0)
-        logits = gather(stage(tokens, cache=view), mesh, -1)[..., :VOCABULARY]
+        logits = gather(stage.logits(stage.hidden(tokens, cache=view)), mesh, -1)[..., :VOCABULARY]
         for number, start in enumerate(starts):
             found[number] += list(logits[number, done[number] - start :])
             done[number] = start + count
