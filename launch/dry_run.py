@@ -112,7 +112,7 @@ def _run_step(settings: Settings, mesh: DeviceMesh) -> DryRun:
 
 def exchanges_of(calls: Sequence[Call], mesh: DeviceMesh) -> tuple[Exchange, ...]:
     """Calls over the axes of `mesh`, summed by axis and operation."""
-    axes = {mesh[axis].get_group().group_name: axis for axis in mesh.mesh_dim_names or ()}
+    axes = {str(mesh[axis].get_group().group_name): axis for axis in mesh.mesh_dim_names or ()}
     kinds = sorted({(call.group, call.operation) for call in calls}, key=lambda kind: (list(axes).index(kind[0]), kind))
     return tuple(
         Exchange(
