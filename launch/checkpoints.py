@@ -1,98 +1,209 @@
 """The checkpoints of a run: what is saved, under which name, which are kept, and where a run goes on from."""
 
-import shutil
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
-from weft.launch.engine import Engine
-from weft.launch.errors import UserError
+from weft.launch.errors import RunError, UserError
+from weft.launch.saved_run import SavedRun
+from weft.launch.saved_state import SavedState
 from weft.launch.sections import CheckpointSettings
-from weft.parallel.checkpoint import MANIFEST, CheckpointError, Entry, load_checkpoint, read_metadata, save_checkpoint
-from weft.parallel.sharding import sharded_parameters
+from weft.parallel.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    OtherModelError,
+    Save,
+    SaveError,
+    load_checkpoint,
+    read_manifest,
+)
+from weft.parallel.checkpoint.files import remove
+from weft.parallel.checkpoint.load import together
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")
+_LEFTOVER = re.compile(r"\.step-[0-9]{8,}(\.old)?\.(part|trash)")
+
+
+def say_on_rank_0(text: str) -> None:
+    """Print a line for the person who watches."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
-    """Saves and restores the engine of a run.
+    """Saves and restores what a run trains; at most one save is in flight.
 
-    Weights and AdamW's moments are stored by parameter name, so that a run may go on in another layout.
+    A save that fails while training goes on is told and leaves the earlier ones; the next is tried when it is due.
+
+    Args:
+        state: what is saved.
+        say: shows a line to the person who watches; called on every rank.
     """
 
-    def __init__(self, settings: CheckpointSettings, engine: Engine) -> None:
-        self.settings, self.engine = settings, engine
+    def __init__(
+        self, settings: CheckpointSettings, state: SavedState, say: Callable[[str], None] = say_on_rank_0
+    ) -> None:
+        self.settings, self.state, self.say = settings, state, say
         self.directory = Path(settings.directory)
+        self._in_flight: Save | None = None
+        self._damaged: set[Path] = set()
 
-    def save(self, step: int, metadata: dict[str, Any]) -> Path:
-        """Save after `step` steps, then drop all but the newest `keep`. A collective call of all ranks.
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes its part of a save."""
+        return self._in_flight is not None and not self._in_flight.written()
+
+    def save(self, step: int, metadata: dict[str, Any], *, last: bool = False) -> Path:
+        """Save after `step` steps. A collective call of all ranks.
+
+        Returns when the state is copied, unless this is the `last` save of the process or the settings want it on disk
+        first; waits for the save before, if that is still being written.
 
         Raises:
-            UserError: the checkpoint cannot be written.
+            RunError: the last save cannot be written.
         """
+        if self._in_flight is not None:
+            if self._in_flight.writing_anywhere():
+                self.say(f"checkpoint {self._in_flight.directory} is still being written; waiting for it")
+            self.finish()
+        wait = last or not self.settings.asynchronous
         path = self.directory / f"step-{step:08d}"
-        try:
-            save_checkpoint(path, self._entries(), metadata | {"step": step}, self.engine.mesh)
-        except OSError as error:
-            raise UserError(
-                f"checkpoint {path} cannot be written: {error.strerror}; free space or set checkpoint.directory"
-            ) from None
-        if dist.get_rank() == 0:
-            for old in find_checkpoints(self.directory)[: -self.settings.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        known = {"step": step, "counters": self.state.counters()}
+        self._in_flight = Save(path, self.state.entries(), metadata | known, self.state.mesh, copy=not wait)
+        if wait:
+            self.finish(last=last)
         return path
 
-    def restore(self, path: Path) -> dict[str, Any]:
-        """Load weights and optimiser from a checkpoint; returns its metadata, with `step`.
+    def finish(self, *, last: bool = False) -> None:
+        """Make the save in flight count, if there is one, and drop those no longer kept. A collective call.
 
         Raises:
-            UserError: it is damaged, or of another model.
+            RunError: it is the last one, and cannot be written.
         """
+        save, self._in_flight = self._in_flight, None
+        if save is None:
+            return
         try:
-            metadata = read_metadata(path)
-            self._make_optimizer_state(metadata["step"])
-            load_checkpoint(path, list(self._entries()))
-        except CheckpointError as error:
-            raise UserError(f"{error}.") from None
-        return metadata
+            save.finish()
+        except SaveError as error:
+            problem = f"checkpoint {save.directory} cannot be written: {error}"
+            if last:
+                newest = next(reversed(find_checkpoints(self.directory)), None)
+                raise RunError(f"{problem}; free space or set checkpoint.directory; the newest is {newest}.") from None
+            self.say(f"{problem}; training goes on without it; free space or set checkpoint.directory")
+            return
+        if dist.get_rank() == 0:
+            self._drop_old()
 
-    def _entries(self) -> Iterator[Entry]:
-        state = self.engine.optimizer.state
-        for stage in self.engine.stages:
-            common = {id(parameter): key for key, parameter in stage.shared.items()}
-            for name, parameter, sharding in sharded_parameters(stage.module):
-                name = common.get(id(parameter), name)
-                copied = id(parameter) in common and stage.index > 0
-                yield Entry(f"model/{name}", parameter, sharding, copied)
-                for moment in MOMENTS:
-                    yield Entry(f"{moment}/{name}", state[parameter][moment], sharding, copied)
+    def resume(self) -> tuple[Path, SavedRun] | None:
+        """Load what the settings ask to go on from: with `auto` the newest checkpoint that is whole; None starts anew.
 
-    def _make_optimizer_state(self, step: int) -> None:
-        for parameter in self.engine.parameters:
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            count = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
-            self.engine.optimizer.state[parameter] = {"step": count} | moments
+        A collective call. Those that are damaged are named.
+
+        Raises:
+            UserError: it is of another model, or the one that was asked for, or each that there is, is damaged.
+        """
+        found: list[Any] = [checkpoints_to_resume(self.settings) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)  # ranks on other machines may see another folder for a moment
+        for path in found[0]:
+            try:
+                return path, self.restore(path)
+            except OtherModelError as error:
+                raise UserError(f"{error}; choose another checkpoint.directory or checkpoint.resume.") from None
+            except CheckpointError as error:
+                if self.settings.resume != "auto":
+                    raise UserError(f"{error}.") from None
+                self.say(f"{error}; trying the one before")
+                self._damaged.add(path)
+        if found[0]:
+            raise UserError(
+                f"none of the {len(found[0])} checkpoints in {self.directory} is whole; restore one from a backup, or "
+                "start anew with checkpoint.resume=never."
+            )
+        return None
+
+    def restore(self, path: Path) -> SavedRun:
+        """Load a checkpoint; returns what it says of the run. A collective call.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model; what is trained may then be filled in part.
+        """
+        run = together(lambda: read_run(path))
+        together(lambda: self._prepare(path, run))
+        load_checkpoint(path, self.state.entries())
+        self.state.loaded()
+        return run
+
+    def _prepare(self, path: Path, run: SavedRun) -> None:
+        try:
+            self.state.prepare(run.counters)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise CheckpointError(f"{path}: its counters are of another optimiser; choose another") from None
+
+    def _drop_old(self) -> None:
+        """Remove what is not kept: neither among the newest whole ones, nor every so many steps."""
+        found = find_checkpoints(self.directory)
+        whole = [path for path in found if path not in self._damaged and is_readable(path)]
+        every = self.settings.keep_every
+        kept = {path for path in whole if every and step_of(path) % every == 0} | set(whole[-self.settings.keep :])
+        leftovers = [path for path in self.directory.iterdir() if _LEFTOVER.fullmatch(path.name)]
+        for path in [*(path for path in whole if path not in kept), *leftovers]:
+            try:
+                remove(path)
+            except OSError as error:
+                self.say(f"{path} cannot be removed ({error.strerror}); it is no longer needed")
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
     """The finished checkpoints of a directory, oldest first."""
-    return sorted(path.parent for path in directory.glob(f"step-*/{MANIFEST}"))
+    found = [path.parent for path in directory.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(path.parent.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix != ".old"))
 
 
-def checkpoint_to_resume(settings: CheckpointSettings) -> Path | None:
-    """The checkpoint that the settings ask to go on from; None starts anew.
+def step_of(path: Path) -> int:
+    """The number of steps in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the checkpoint has a manifest that can be trusted."""
+    try:
+        read_manifest(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def read_run(path: Path) -> SavedRun:
+    """What a checkpoint says of the run that it is from.
+
+    Raises:
+        CheckpointError: it says nothing, or its manifest is damaged.
+    """
+    try:
+        return SavedRun.model_validate(read_manifest(path).metadata)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))[:60]
+        raise CheckpointError(f"{path} does not say of its run: {key}; choose another checkpoint") from None
+
+
+def checkpoints_to_resume(settings: CheckpointSettings) -> list[Path]:
+    """The checkpoints that a run may go on from, the one to try first in front.
 
     Raises:
         UserError: the path that `checkpoint.resume` names is no checkpoint.
     """
     if settings.resume == "never":
-        return None
+        return []
     if settings.resume == "auto":
-        return next(reversed(find_checkpoints(Path(settings.directory))), None)
+        return find_checkpoints(Path(settings.directory))[::-1]
     path = Path(settings.resume)
     if not (path / MANIFEST).is_file():
         raise UserError(f"checkpoint.resume is {path}, which holds no {MANIFEST}; give a checkpoint, auto or never.")
-    return path
+    return [path]

@@ -1,7 +1,7 @@
 """Starts the ranks of a job through torchrun's own agent, and sees to it that they end together.
 
-A rank that fails brings the others down within seconds and is the one that is named. Ctrl-C and SIGTERM are passed
-on, so that the ranks finish their step and save; a second one ends them at once. No rank outlives the launcher.
+A rank that fails brings the others down within seconds and is the one that is named. Ctrl-C, SIGTERM and SIGUSR1 are
+passed on, so that the ranks finish their step and save; a second one ends them at once. No rank outlives the launcher.
 """
 
 import logging
@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from weft.launch.errors import StoppedError
 from weft.launch.failures import explain
+from weft.launch.signals import STARTED, STOP_SIGNALS
 
 PEER_SECONDS = 4
 """How long the ranks have to leave when another has failed; one that waits in a collective never would."""
@@ -58,7 +59,7 @@ def launch(job: Job) -> None:
 
     Raises:
         UserError, RunError: a rank failed; the message is that of the rank that failed first.
-        StoppedError: SIGINT or SIGTERM ended the job.
+        StoppedError: SIGINT, SIGTERM or SIGUSR1 ended the job.
     """
     logs = job.logs / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ def launch(job: Job) -> None:
 
 
 def _set_rank_environment(job: Job) -> None:
+    os.environ[STARTED] = str(time.monotonic())
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that share cores would wait for each other's threads
     if job.nodes == 1:
         loopback = "lo" if sys.platform == "linux" else "lo0"
@@ -174,8 +176,8 @@ class _Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         workers: dict[int, Any] = super()._start_workers(worker_group)
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGTERM, self._stop)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._stop)
         return workers
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

@@ -87,6 +87,8 @@ def _allowed(field: Schema, schema: Schema) -> str:
         return f"one of {', '.join(field['enum'])}"
     if field["type"] == "array":
         return _allowed_list(field, schema)
+    if "examples" in field:
+        return f"text such as {field['examples'][0]}"
     plain = {"string": "text", "boolean": "true or false", "object": "a mapping of keys to values"}
     return plain.get(field["type"]) or _allowed_number(field)
 

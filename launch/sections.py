@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from weft.launch.units import DURATION
+
 AtLeastOne = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+Duration = Annotated[str, Field(min_length=2, pattern=DURATION, examples=["3h50m"])]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -82,6 +85,9 @@ class TrainSettings(Section):
     steps: AtLeastOne = Field(default=200, description="optimiser steps")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="number format of the computation")
     seed: NotNegative = Field(default=1234, description="draws the initial weights, the dropout and the batches")
+    stop_after: Literal["never"] | Duration = Field(
+        default="never", description="time after which the run saves and ends, such as 3h50m; the same command goes on"
+    )
     timeout: AtLeastOne = Field(default=600, description="longest wait for another rank, in seconds")
     evaluate_every: NotNegative = Field(
         default=50, description="steps between evaluations on held-out text; 0 evaluates only at the end"
@@ -105,7 +111,15 @@ class CheckpointSettings(Section):
     directory: Text = Field(description="folder of the checkpoints; runs/NAME/checkpoints when left out")
     every: NotNegative = Field(default=50, description="steps between checkpoints; 0 saves only at the end")
     keep: AtLeastOne = Field(default=3, description="newest checkpoints that are kept")
-    resume: Text = Field(default="auto", description="auto (the newest if there is one), never, or a checkpoint's path")
+    keep_every: NotNegative = Field(
+        default=0, description="checkpoints of steps that are multiples of this are kept for ever; 0 keeps none so"
+    )
+    asynchronous: bool = Field(
+        default=True, description="training goes on while a copy of the state, in host memory, is written"
+    )
+    resume: Text = Field(
+        default="auto", description="auto (the newest that is whole, if there is one), never, or a checkpoint's path"
+    )
 
 
 class ReportSettings(Section):

@@ -23,11 +23,13 @@ from weft.launch.errors import UserError, show
 from weft.launch.metrics import MetricsWriter, StepMetrics
 from weft.launch.preflight import check_run
 from weft.launch.progress import Progress
+from weft.launch.saved_state import EngineState
 from weft.launch.settings import Settings, dump_settings, load_settings, resolved
 from weft.launch.signals import StopRequest, stop_request
 from weft.launch.summary import conclude
 from weft.launch.tokens import TokenisedCorpus, prepare
 from weft.launch.trainer import Trainer
+from weft.launch.units import seconds_of
 from weft.launch.world import device_type
 from weft.model.config import model_config
 from weft.parallel import build_mesh
@@ -44,6 +46,8 @@ def main(config: str, overrides: Sequence[str]) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         check_run(settings, world_size)
     with stop_request() as stop:
+        if settings.train.stop_after != "never":
+            stop.set_budget(seconds_of(settings.train.stop_after))
         mesh = _build_mesh(settings)
         try:
             _train(settings, mesh, stop)
@@ -73,7 +77,8 @@ def _build_mesh(settings: Settings) -> DeviceMesh:
 def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
     tokens = _prepare(settings)
     engine = Engine(model_config(settings.model), settings, mesh)
-    trainer = Trainer(settings, engine, tokens, Checkpoints(settings.checkpoint, engine), stop)
+    checkpoints = Checkpoints(settings.checkpoint, EngineState(engine))
+    trainer = Trainer(settings, engine, tokens, checkpoints, stop)
     resumed = trainer.resume()
     directory = Path(settings.report.directory)
     with ExitStack() as stack:
@@ -85,9 +90,12 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
             stack.enter_context(watch.writer)
             stack.enter_context(watch.progress)
             watch.greet(trainer.step, resumed)
+            checkpoints.say = watch.progress.say
         for metrics in trainer.steps():
             if watch is not None:
                 watch.step(metrics)
+        if watch is not None and trainer.stopped and stop.requested is None:
+            watch.progress.say(f"stopped after {settings.train.stop_after}, saved; the same command goes on")
     if not trainer.stopped:
         conclude(trainer)
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from weft import __version__
 from weft.launch.batches import Batches, HeldOutBatches
-from weft.launch.checkpoints import Checkpoints, checkpoint_to_resume
+from weft.launch.checkpoints import Checkpoints
 from weft.launch.engine import Engine, StepOutcome
 from weft.launch.flops import flops_per_token, model_tflops, peak_tflops, utilization
 from weft.launch.metrics import StepMetrics
@@ -40,6 +41,7 @@ class Trainer:
     seconds: float = 0.0
     timeline: Timeline | None = None
     _saved: int = field(default=-1, init=False)
+    _writing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         length = self.settings.corpus.sequence_length
@@ -48,9 +50,11 @@ class Trainer:
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings name, if there is one."""
-        path = checkpoint_to_resume(self.settings.checkpoint)
-        if path is not None:
-            self.step = self._saved = self.checkpoints.restore(path)["step"]
+        resumed = self.checkpoints.resume()
+        if resumed is None:
+            return None
+        path, run = resumed
+        self.step = self._saved = run.step
         return path
 
     def steps(self) -> Iterator[StepMetrics]:
@@ -64,15 +68,27 @@ class Trainer:
             if last or (train.evaluate_every and self.step % train.evaluate_every == 0):
                 metrics = self._with_held_out_loss(metrics)
             every = self.settings.checkpoint.every
-            if last or self.stopped or (every and self.step % every == 0):
-                self.save()
+            last = last or self.stopped
+            if last or (every and self.step % every == 0):
+                self.save(last=last)
+            elif not self._writing:
+                self.checkpoints.finish()
             yield metrics
 
-    def save(self) -> None:
-        """Save, unless this step is saved already."""
+    def save(self, *, last: bool) -> None:
+        """Save, unless this step is saved already; the `last` save of the process is on disk when this returns."""
         if self._saved != self.step:
-            self.checkpoints.save(self.step, {"settings": self.settings.model_dump(mode="json")})
+            self.checkpoints.save(self.step, self._metadata(), last=last)
             self._saved = self.step
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "samples": self.step * self.settings.batch.global_size,
+            "tokens": self.trained_tokens,
+            "seed": self.settings.train.seed,
+            "versions": {"weft": __version__, "torch": torch.__version__},
+            "settings": self.settings.model_dump(mode="json"),
+        }
 
     @property
     def trained_tokens(self) -> int:
@@ -91,17 +107,17 @@ class Trainer:
         return self._metrics(outcome, seconds, memory)
 
     def _agree(self) -> int:
-        """Whether any rank was asked to stop, agreed on by all ranks, and the most memory that a rank holds, in bytes.
+        """What all ranks must know alike: whether to stop, whether some still save; and the most memory that one holds.
 
         A signal reaches the ranks at different moments; all must leave after the same step.
         """
         facts = torch.tensor(
-            [self.stop.requested is not None, held_bytes(self.engine.device)], device=self.engine.device
+            [self.stop.due, self.checkpoints.writing, held_bytes(self.engine.device)], device=self.engine.device
         )
         if dist.get_world_size() > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
-        self.stopped = bool(facts[0])
-        return int(facts[1])
+        self.stopped, self._writing = bool(facts[0]), bool(facts[1])
+        return int(facts[2])
 
     def _metrics(self, outcome: StepOutcome, seconds: float, memory: int) -> StepMetrics:
         mesh = self.engine.mesh

@@ -1,5 +1,15 @@
 """Numbers as people read them: sizes, rates and times, for the progress line and the report."""
 
+import re
+
+DURATION = r"^([0-9]{1,5}d)?([0-9]{1,5}h)?([0-9]{1,5}m)?([0-9]{1,5}s)?$"
+
+
+def seconds_of(duration: str) -> int:
+    """The seconds of a duration as people write it: `3h50m`, `90s`, `1d12h`."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"([0-9]+)([dhms])", duration))
+
 
 def bytes_text(size: float) -> str:
     """A size in decimal units of bytes, three digits: `412 MB`."""

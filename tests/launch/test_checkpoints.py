@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from tests.pool import Pool
-from weft.launch.checkpoints import Checkpoints, checkpoint_to_resume, find_checkpoints
+from weft.launch.checkpoints import Checkpoints, find_checkpoints
 from weft.launch.engine import Engine
 from weft.launch.errors import UserError
+from weft.launch.saved_state import EngineState
 from weft.launch.settings import build_settings
 from weft.model.config import model_config
 from weft.parallel import build_mesh
@@ -57,7 +58,7 @@ def build(axes: Axes, directory: Path, *, tied: bool = False, layers: int = 4) -
         }
     )
     engine = Engine(model_config(model), settings, build_mesh(pipeline=pipeline, data=data, tensor=tensor))
-    return engine, Checkpoints(settings.checkpoint, engine)
+    return engine, Checkpoints(settings.checkpoint, EngineState(engine))
 
 
 def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
@@ -74,17 +75,19 @@ def train(engine: Engine, steps: range) -> list[tuple[float, float]]:
 def save_and_go_on(axes: Axes, directory: Path, tied: bool) -> list[tuple[float, float]]:
     engine, checkpoints = build(axes, directory, tied=tied)
     train(engine, range(SAVED_AFTER))
-    checkpoints.save(SAVED_AFTER, {"note": "two steps"})
-    return train(engine, range(SAVED_AFTER, STEPS))
+    checkpoints.save(SAVED_AFTER, {"samples": 16})
+    results = train(engine, range(SAVED_AFTER, STEPS))  # while the save is written
+    checkpoints.finish()
+    return results
 
 
 def restore_and_go_on(layouts: list[Axes], axes: Axes, root: Path, tied: bool) -> list[list[tuple[float, float]]]:
     results = []
     for saved in layouts:
         engine, checkpoints = build(axes, root / name(saved), tied=tied)
-        path = checkpoint_to_resume(checkpoints.settings)
-        assert path is not None
-        assert checkpoints.restore(path) == {"note": "two steps", "step": SAVED_AFTER}
+        resumed = checkpoints.resume()
+        assert resumed is not None
+        assert (resumed[1].step, resumed[1].samples) == (SAVED_AFTER, 16)
         results.append(train(engine, range(SAVED_AFTER, STEPS)))
     return results
 
@@ -120,6 +123,7 @@ def save_often(directory: Path) -> list[str]:
     for step in (1, 2, 3):
         train(engine, range(step - 1, step))
         checkpoints.save(step, {})
+    checkpoints.finish()
     dist.barrier()
     return [path.name for path in find_checkpoints(directory)]
 
@@ -134,11 +138,11 @@ def test_the_newest_are_kept_and_half_written_ones_never_count(pool: Pool, tmp_p
 
 def restore(directory: Path, layers: int = 4) -> str:
     _, checkpoints = build((1, 1, 1), directory, layers=layers)
-    path = checkpoint_to_resume(checkpoints.settings)
-    assert path is not None
+    said: list[str] = []
+    checkpoints.say = said.append
     with pytest.raises(UserError) as caught:
-        checkpoints.restore(path)
-    return str(caught.value)
+        checkpoints.resume()
+    return "\n".join([*said, str(caught.value)])
 
 
 def test_a_damaged_checkpoint_is_named_and_not_loaded(pool: Pool, tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_not_loaded(pool: Pool, tmp_path: Path
 
 def test_a_checkpoint_of_another_model_is_refused(pool: Pool, tmp_path: Path) -> None:
     pool.run(1, save_and_go_on, (1, 1, 1), tmp_path, False)
-    assert "lacks model/layers.4." in pool.run(1, restore, tmp_path, 5)[0]
+    assert "it lacks exp_avg/layers.4.input_layernorm.weight, " in pool.run(1, restore, tmp_path, 5)[0]
 
 
 def test_the_manifest_is_plain_json_that_says_what_lies_where(pool: Pool, tmp_path: Path) -> None:
@@ -166,7 +170,6 @@ def test_the_manifest_is_plain_json_that_says_what_lies_where(pool: Pool, tmp_pa
     manifest = json.loads((tmp_path / "step-00000002" / "manifest.json").read_text())
     embedding = manifest["tensors"]["model/embed_tokens.weight"]
     assert embedding["shape"] == [61, 32]
-    rows = sorted(part for piece in embedding["pieces"] for part in piece["slices"])
-    assert rows == [[0, 0, 31], [31, 0, 30]]
-    norm = manifest["tensors"]["model/norm.weight"]
-    assert [piece["slices"] for piece in norm["pieces"]] == [None]
+    blocks = [(piece["offset"], piece["shape"], piece["file"]) for piece in embedding["pieces"]]
+    assert blocks == [([0, 0], [31, 32], "rank-00000.safetensors"), ([31, 0], [30, 32], "rank-00001.safetensors")]
+    assert [piece["shape"] for piece in manifest["tensors"]["model/norm.weight"]["pieces"]] == [[32]]

@@ -1,0 +1,11 @@
+from .entry import Entry as Entry
+from .entry import FlatPart as FlatPart
+from .errors import CheckpointError as CheckpointError
+from .errors import OtherModelError as OtherModelError
+from .errors import SaveError as SaveError
+from .load import load_checkpoint as load_checkpoint
+from .manifest import MANIFEST as MANIFEST
+from .manifest import Manifest as Manifest
+from .manifest import read_manifest as read_manifest
+from .save import Save as Save
+from .save import save_checkpoint as save_checkpoint

@@ -1,0 +1,135 @@
+"""Saving: every rank writes its pieces into a file of its own, at once or in the background; rank 0 makes it count."""
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.parallel.checkpoint.entry import Entry, Piece, own_pieces
+from weft.parallel.checkpoint.errors import CheckpointError, SaveError
+from weft.parallel.checkpoint.files import publish, remove_strangers, work_directory, write_synced
+from weft.parallel.checkpoint.manifest import MANIFEST, manifest_text, read_manifest
+from weft.parallel.checkpoint.shard_file import write_shard
+
+_BACKGROUND_NICENESS = 10
+_PATIENCE = 2.0  # seconds between two looks at whether all ranks have written
+
+
+def save_checkpoint(directory: Path, entries: Iterable[Entry], metadata: Mapping[str, Any], mesh: DeviceMesh) -> None:
+    """Write a checkpoint. A collective call of all ranks of `mesh`, which share the directory.
+
+    `metadata`: JSON values, kept in the manifest. An existing checkpoint of that name is replaced.
+
+    Raises:
+        SaveError: a file cannot be written; what was there before is untouched.
+    """
+    Save(directory, entries, metadata, mesh, copy=False).finish()
+
+
+class Save:
+    """A checkpoint that a thread of each rank writes; nobody sees it before `finish` has put it in its place.
+
+    Making one communicates nothing. It copies what this rank writes, its share of the model and of the optimiser,
+    into host memory, so that training may go on at once; without `copy` the tensors must stay as they are till the end.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        entries: Iterable[Entry],
+        metadata: Mapping[str, Any],
+        mesh: DeviceMesh,
+        *,
+        copy: bool = True,
+    ) -> None:
+        self.directory = directory
+        self._metadata = dict(metadata)
+        self._work = work_directory(directory)
+        self._written: dict[str, Any] = {"files": {}, "tensors": {}}
+        self._error: str | None = None
+        self._device = mesh.device_type
+        pieces = own_pieces(list(entries), mesh)
+        if copy:
+            pieces = [piece._replace(view=_copy_to_host(piece.view)) for piece in pieces]
+        self._thread = threading.Thread(target=self._write, args=(pieces, copy), daemon=True)
+        self._thread.start()
+
+    def written(self, wait: float = 0.0) -> bool:
+        """Whether this rank's part is on disk, or has failed; waits so many seconds for it at most."""
+        self._thread.join(wait)
+        return not self._thread.is_alive()
+
+    def writing_anywhere(self, wait: float = 0.0) -> bool:
+        """Whether some rank still writes its part; each waits so many seconds for its own. A collective call."""
+        writing = torch.tensor([not self.written(wait)], dtype=torch.int32, device=self._device)
+        dist.all_reduce(writing, dist.ReduceOp.MAX)
+        return bool(writing)
+
+    def finish(self) -> None:
+        """Wait for all ranks' parts, and put the checkpoint in its place. A collective call.
+
+        Raises:
+            SaveError: some rank could not write; what was there before is untouched. Raised on all ranks.
+        """
+        while self.writing_anywhere(_PATIENCE):
+            pass  # however slow the disk, no communication lasts longer than its time limit
+        rank, size = dist.get_rank(), dist.get_world_size()
+        own = (self._written, self._error)
+        gathered: list[Any] = [own] * size if rank == 0 else []
+        dist.gather_object(own, gathered if rank == 0 else None)
+        outcome: list[str | None] = [self._publish(gathered) if rank == 0 else None]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0] is not None:
+            raise SaveError(outcome[0])
+
+    def _write(self, pieces: Sequence[Piece], in_background: bool) -> None:
+        try:
+            if in_background and sys.platform == "linux":  # where a priority is a thread's own: training goes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+            self._work.mkdir(parents=True, exist_ok=True)
+            if pieces:
+                self._written = write_shard(self._work / f"rank-{dist.get_rank():05d}.safetensors", pieces)
+        except OSError as error:
+            self._error = _words(error)
+
+    def _publish(self, parts: Sequence[tuple[dict[str, Any], str | None]]) -> str | None:
+        """Make the checkpoint count; returns what went wrong."""
+        error = next((error for _, error in parts if error is not None), None)
+        if error is None:
+            try:
+                files, tensors = _merge([part for part, _ in parts])
+                remove_strangers(self._work, set(files))
+                write_synced(self._work / MANIFEST, manifest_text(self._metadata, files, tensors))
+                read_manifest(self._work)
+                publish(self.directory)
+            except (OSError, CheckpointError) as caught:
+                error = _words(caught)
+        if error is not None:
+            shutil.rmtree(self._work, ignore_errors=True)
+        return error
+
+
+def _copy_to_host(view: Tensor) -> Tensor:
+    return torch.empty(view.shape, dtype=view.dtype).copy_(view)
+
+
+def _merge(parts: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in parts:
+        files |= part["files"]
+        for name, description in part["tensors"].items():
+            tensors.setdefault(name, description | {"pieces": []})["pieces"].extend(description["pieces"])
+    return files, tensors
+
+
+def _words(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,194 @@
+"""The file that a rank writes: safetensors, with the CRC-32 of every piece, read back from disk before it counts.
+
+The layout of a safetensors file is a length, a JSON header and the tensors' bytes. It is written here piece by piece,
+because the library wants the whole file in memory, and read by offset instead of through a memory map, in which a
+failing disk would kill the process.
+"""
+
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from weft.parallel.checkpoint.boxes import Box
+from weft.parallel.checkpoint.errors import CheckpointError
+from weft.parallel.checkpoint.files import create, open_regular, read_into, write_all
+from weft.parallel.checkpoint.manifest import ITEM_BYTES, Manifest, PieceRecord
+
+CHUNK = 2**20
+_SAFETENSORS_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
+
+class NamedPiece(Protocol):
+    """What is written as one: a block of the tensor `name`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def full_shape(self) -> tuple[int, ...]: ...
+    @property
+    def box(self) -> Box: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def read(self) -> Tensor:
+        """The block, in host memory."""
+        ...
+
+
+def write_shard(path: Path, pieces: Sequence[NamedPiece]) -> dict[str, Any]:
+    """Write the pieces, bring them to disk, and read them back; returns `files` and `tensors` as the manifest has them.
+
+    Raises:
+        OSError: the file cannot be written, or is not on disk what was written.
+    """
+    header, begins = _header(pieces)
+    tensors: dict[str, Any] = {}
+    descriptor = create(path)
+    try:
+        write_all(descriptor, header)
+        checksum = zlib.crc32(header)
+        for piece, begin in zip(pieces, begins, strict=True):
+            data = _bytes_of(piece.read())
+            write_all(descriptor, data)
+            checksum = zlib.crc32(data, checksum)
+            record = _record(piece, path.name, begin, zlib.crc32(data))
+            tensors.setdefault(piece.name, _description(piece))["pieces"].append(record)
+        os.fsync(descriptor)
+        size = os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    if checksum_of(path, from_disk=True) != checksum:
+        raise OSError(f"{path.name} is not on disk what was written")
+    return {"files": {path.name: {"bytes": size, "crc32": f"{checksum:08x}"}}, "tensors": tensors}
+
+
+def checksum_of(path: Path, *, from_disk: bool = False) -> int:
+    """The CRC-32 of a file, read in chunks; `from_disk` leaves out what the system still holds of it in memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = open_regular(path)
+    try:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        checksum, chunk = 0, bytearray(CHUNK)
+        while count := os.readv(descriptor, [chunk]):
+            checksum = zlib.crc32(memoryview(chunk)[:count], checksum)
+        return checksum
+    finally:
+        os.close(descriptor)
+
+
+class PieceReader:
+    """Reads pieces, each checked by its own checksum; `bytes_read` counts."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.bytes_read = 0
+        self._directory, self._manifest = directory, manifest
+        self._open: tuple[str, int] | None = None
+
+    def read(self, tensor: str, piece: PieceRecord) -> Tensor:
+        """The piece as a tensor of its shape.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        data = bytearray(piece.bytes)
+        path = self._directory / piece.file
+        try:
+            read_into(self._descriptor(piece.file), data, piece.begin)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror or error}); choose another checkpoint"
+            ) from None
+        self.bytes_read += len(data)
+        if f"{zlib.crc32(data):08x}" != piece.crc32:
+            raise CheckpointError(
+                f"{path} is damaged: the checksum of {tensor} is not the manifest's; choose another checkpoint"
+            )
+        dtype = getattr(torch, self._manifest.tensors[tensor].dtype)
+        return torch.frombuffer(data, dtype=dtype).reshape(piece.shape)
+
+    def _descriptor(self, file: str) -> int:
+        if self._open is not None and self._open[0] == file:
+            return self._open[1]
+        self.close()
+        descriptor = open_regular(self._directory / file)
+        self._open = (file, descriptor)
+        if os.fstat(descriptor).st_size != self._manifest.files[file].bytes:
+            raise OSError("its size is not the manifest's")
+        return descriptor
+
+    def close(self) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _header(pieces: Sequence[NamedPiece]) -> tuple[bytes, list[int]]:
+    """The beginning of the file, and where in the file each piece begins."""
+    entries: dict[str, Any] = {}
+    offset = 0
+    for key, piece in zip(_keys(pieces), pieces, strict=True):
+        end = offset + piece.box.size * piece.dtype.itemsize
+        dtype = _SAFETENSORS_DTYPES[_name(piece.dtype)]
+        entries[key] = {"dtype": dtype, "shape": piece.box.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    begins = [start + entry["data_offsets"][0] for entry in entries.values()]
+    return len(text).to_bytes(8, "little") + text, begins
+
+
+def _keys(pieces: Sequence[NamedPiece]) -> Iterator[str]:
+    """The tensor's name; where a file has several pieces of it, with the piece's number."""
+    counts, numbers = Counter(piece.name for piece in pieces), Counter[str]()
+    for piece in pieces:
+        yield piece.name if counts[piece.name] == 1 else f"{piece.name}#{numbers[piece.name]}"
+        numbers[piece.name] += 1
+
+
+def _record(piece: NamedPiece, file: str, begin: int, checksum: int) -> dict[str, Any]:
+    return {
+        "file": file,
+        "begin": begin,
+        "bytes": piece.box.size * piece.dtype.itemsize,
+        "offset": list(piece.box.offset),
+        "shape": list(piece.box.shape),
+        "crc32": f"{checksum:08x}",
+    }
+
+
+def _description(piece: NamedPiece) -> dict[str, Any]:
+    return {"shape": list(piece.full_shape), "dtype": _name(piece.dtype), "pieces": []}
+
+
+def _name(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise ValueError(f"tensors of dtype {name} cannot be saved; choose one of {', '.join(ITEM_BYTES)}")
+    return name
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
