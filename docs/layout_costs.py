@@ -18,7 +18,6 @@ from weft.model.config import ModelConfig, model_config
 from weft.model.split import split_layers
 
 ELEMENT = 4  # bytes of a float32
-HEADER = 512  # bytes that tell a receiver the shapes of an activation
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _pipeline_bytes(layout: Layout, stage: int) -> float:
     if stage == layout.pipeline - 1:
         gradients = layout.microbatches * boundary if stage else 0.0
         return gradients + stage * 8 * (layout.microbatches + 1)
-    return layout.microbatches * boundary * (2 if stage else 1) + HEADER
+    return layout.microbatches * boundary * (2 if stage else 1)
 
 
 def _tied_bytes(layout: Layout) -> float:

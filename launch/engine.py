@@ -3,9 +3,9 @@
 The engine knows nothing of files, text or processes: tests and the training loop drive it alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from weft.launch.optimizer import build_optimizer, learning_rate
 from weft.launch.schedules import load_schedule, one_microbatch
 from weft.launch.sections import Settings
 from weft.model.config import ModelConfig
-from weft.model.decoder import DecoderStage, initial_distribution
+from weft.model.decoder import TIED, DecoderStage, initial_distribution
 from weft.model.generate import generate
 from weft.model.split import split_layers
 from weft.parallel import (
@@ -61,22 +61,30 @@ class Engine:
         settings: layout, batch and optimiser; `parallel.data` may be "auto".
         mesh: with the axes of `weft.parallel.AXES`.
         dtype: of parameters, activations and gradients.
+        device: where they lie; the mesh's own device when None. On the meta device nothing is computed: see
+            `weft.launch.dry_run`.
 
     Raises:
         ValueError: heads, features or layers do not divide over the mesh, or the schedule does not exist.
     """
 
     def __init__(
-        self, config: ModelConfig, settings: Settings, mesh: DeviceMesh, *, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        settings: Settings,
+        mesh: DeviceMesh,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         self.config, self.settings, self.mesh = config, settings, mesh
         self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
-        self.device = torch.device(mesh.device_type)
+        self.device = device or torch.device(mesh.device_type)
         self.microbatches = settings.batch.global_size // (settings.batch.micro_size * self.data.size())
         self.schedule = load_schedule(settings.parallel, self.microbatches)
         self.stages = self._build_stages(dtype)
         self.buckets = {stage.index: self._build_buckets(stage) for stage in self.stages}
-        self.executor = self._build_executor(self.schedule)
+        self.executor = self._build_executor(self.schedule, shapes=self._boundary_shapes(dtype))
         self.optimizer = build_optimizer(self.parameters, settings.train.optimizer)
         self._counted = self._count_parameters()
         self._loss_weight = 1.0
@@ -90,6 +98,10 @@ class Engine:
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of this rank, each once."""
         return list(dict.fromkeys(parameter for module in self.modules for parameter in module.parameters()))
+
+    def describe_stages(self) -> list[str]:
+        """This rank's stages in words: `stage 0: layers 0 to 7`."""
+        return [f"stage {stage.index}: {_layers(list(stage.module.layers))}" for stage in self.stages]  # type: ignore[arg-type]
 
     def step(self, step: int, inputs: Tensor, targets: Tensor) -> StepOutcome:
         """Train on this data rank's share of the global batch of the step numbered from 0.
@@ -169,16 +181,35 @@ class Engine:
     def _build_buckets(self, stage: PipelineStage) -> GradientBuckets:
         return GradientBuckets(stage.module.parameters(), self.data, late=stage.shared.values())
 
-    def _build_executor(self, schedule: Schedule) -> PipelineExecutor:
+    def _boundary_shapes(self, dtype: torch.dtype) -> dict[int, Tensor]:
+        """What each stage hands on for a microbatch, as a tensor without numbers."""
+        length = self.settings.corpus.sequence_length
+        if self.settings.parallel.sequence_parallel:
+            length //= self.tensor.size()
+        shape = (self.settings.batch.micro_size, length, self.config.hidden_size)
+        output = torch.empty(shape, dtype=dtype, device="meta")  # [micro_size, sequence / tensor, hidden]
+        return dict.fromkeys(range(self.schedule.stages), output)
+
+    def _tied_stages(self) -> dict[str, tuple[int, int]]:
+        """By the name of each parameter that two stages hold, those stages."""
+        stages = self.schedule.stages
+        return {TIED: (0, stages - 1)} if self.config.tie_word_embeddings and stages > 1 else {}
+
+    def _build_executor(
+        self, schedule: Schedule, shapes: Literal["agree"] | Mapping[int, Tensor] = "agree"
+    ) -> PipelineExecutor:
         return PipelineExecutor(
             schedule,
             self.stages,
             self.pipeline,
             self._loss,
             loss_reduction="sum",
+            shapes=shapes,
             timeout=self.settings.train.timeout,
             reduce_shared_gradients=False,
             before_last_backward=lambda stage: self.buckets[stage].arm(),
+            shared_stages=self._tied_stages(),
+            device=self.device,
         )
 
     def _count_parameters(self) -> list[nn.Parameter]:
@@ -226,3 +257,9 @@ class Engine:
         if self.data.size() > 1:
             loss = start_all_reduce(loss.to(self.device).reshape(1), self.data, overwrite=True).wait()
         return float(loss)
+
+
+def _layers(numbers: list[str]) -> str:
+    if len(numbers) < 2:
+        return f"layer {numbers[0]}" if numbers else "no layer"
+    return f"layers {numbers[0]} to {numbers[-1]}"

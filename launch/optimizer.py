@@ -16,8 +16,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    fused = not any(p.is_meta for p in trained)  # which torch has everywhere but on the meta device
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=fused,
+        foreach=False,
     )
 
 

@@ -51,23 +51,16 @@ def _sample(trainer: Trainer) -> Sample:
 
 def _gather_ranks(trainer: Trainer) -> list[RankReport]:
     engine = trainer.engine
-    stages = [f"stage {stage.index}: {_layers(list(stage.module.layers))}" for stage in engine.stages]  # type: ignore[arg-type]
     own = RankReport(
         rank=dist.get_rank(),
         coordinates={axis: engine.mesh[axis].get_local_rank() for axis in engine.mesh.mesh_dim_names or ()},
         device=f"{socket.gethostname()} {engine.device}",
-        holds=", ".join(stages),
+        holds=", ".join(engine.describe_stages()),
         memory_bytes=held_bytes(engine.device),
     )
     every: list[RankReport | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return [rank for rank in every if rank is not None]
-
-
-def _layers(numbers: list[str]) -> str:
-    if len(numbers) < 2:
-        return f"layer {numbers[0]}" if numbers else "no layer"
-    return f"layers {numbers[0]} to {numbers[-1]}"
 
 
 def _timelines(trainer: Trainer) -> dict[str, str]:

@@ -14,12 +14,17 @@ from weft.launch.world import device_type, world_size
 @click.command(epilog="Example:  weft train configs/demo.yaml parallel.tensor=2 train.steps=100")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def train_command(config: str, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="Build one rank without numbers; show what it would hold and send.")
+@click.option("--rank", type=click.IntRange(min=0), default=0, help="The rank of a dry run (0 when left out).")
+def train_command(config: str, overrides: tuple[str, ...], dry_run: bool, rank: int) -> None:
     """Train the model that CONFIG describes, one process per device.
 
     CONFIG is a settings file; each KEY=VALUE replaces one of its settings. Ctrl-C saves and ends; the same command
     goes on from there. Inside torchrun, srun or Kubernetes the ranks that are there are taken.
     """
+    if dry_run:
+        _show_rank(config, overrides, rank)
+        return
     found = found_rank(os.environ)
     if found is None:
         _start(config, overrides)
@@ -38,6 +43,13 @@ def _start(config: str, overrides: tuple[str, ...]) -> None:
     if os.environ.get("NODE_RANK", "0") == "0":
         check_port(os.environ.get("MASTER_PORT", "0"))
     _launch(settings, ranks, config, overrides)
+
+
+def _show_rank(config: str, overrides: tuple[str, ...], rank: int) -> None:
+    from weft.launch.dry_run import dry_run, dry_run_text
+
+    settings = load_settings(config, overrides)
+    click.echo(dry_run_text(dry_run(settings, world_size(settings, gpus_per_node=_gpus(settings)), rank)))
 
 
 def _launch(settings: Settings, ranks: int, config: str, overrides: tuple[str, ...]) -> None:

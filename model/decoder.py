@@ -34,6 +34,7 @@ from weft.parallel.tensor.matmul import column_matmul
 
 Rotary = tuple[Tensor, Tensor]
 Recompute = Literal["none", "selective", "full"]
+TIED = "embed_tokens.weight"  # the name common to embedding and head where they share their weight
 
 
 class MLP(nn.Module):
@@ -170,7 +171,7 @@ class DecoderStage(nn.Module):
         )
         if last:
             self.norm = make_norm(config, **options)
-            weight = self.get_parameter("embed_tokens.weight") if first and config.tie_word_embeddings else None
+            weight = self.get_parameter(TIED) if first and config.tie_word_embeddings else None
             self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, weight=weight, **options)
         self.first, self.last = first, last
 
@@ -188,15 +189,15 @@ class DecoderStage(nn.Module):
     def tie(self) -> None:
         """Make embedding and head of one stage share their weight again, after parameters were materialised."""
         if self.config.tie_word_embeddings and self.first and self.last:
-            self.lm_head.weight = self.get_parameter("embed_tokens.weight")
+            self.lm_head.weight = self.get_parameter(TIED)
 
     @property
     def tied_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of this stage that another stage holds too, by a name common to both."""
         if not self.config.tie_word_embeddings or self.first == self.last:
             return {}
-        holder = "embed_tokens.weight" if self.first else "lm_head.weight"
-        return {"embed_tokens.weight": self.get_parameter(holder)}
+        holder = TIED if self.first else "lm_head.weight"
+        return {TIED: self.get_parameter(holder)}
 
     def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None) -> Tensor:
         x = self.hidden(x, dropout_key=dropout_key)

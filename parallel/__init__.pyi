@@ -10,8 +10,11 @@ from .data.gradients import clip_gradients as clip_gradients
 from .data.gradients import counted_parameters as counted_parameters
 from .data.gradients import gradient_norm as gradient_norm
 from .deferred import WeightGradientQueue as WeightGradientQueue
+from .memory import storage_bytes as storage_bytes
+from .memory import track_memory as track_memory
 from .mesh import AXES as AXES
 from .mesh import build_mesh as build_mesh
+from .meta import without_numbers as without_numbers
 from .pipeline.check import ScheduleFacts as ScheduleFacts
 from .pipeline.check import check_schedule as check_schedule
 from .pipeline.draw import draw_timeline as draw_timeline

@@ -2,7 +2,7 @@
 
 Each `start_*` returns at once with a `Pending`; its `wait()` gives the result. A group of one must not come here.
 
-On CPU tensors, gloo's ring algorithms cost several times a plain exchange between two neighbours, so small groups
+Among CPUs, gloo's ring algorithms cost several times a plain exchange between two neighbours, so small groups
 exchange directly: each rank sends to every peer what that peer needs and adds what it receives in rank order, which
 makes sums equal to the bit on all ranks. Direct all-gather and reduce-scatter send exactly the bytes of a ring; a
 direct all-reduce sends `n - 1` times the tensor, the same as a ring only for two ranks, and is used only there.
@@ -40,7 +40,7 @@ class Pending:
 def start_all_reduce(x: Tensor, mesh: DeviceMesh, *, overwrite: bool = False) -> Pending:
     """Sum `x` over the ranks of `mesh`; with `overwrite` the result may be written into `x`."""
     group = mesh.get_group()
-    if x.device.type == "cpu" and group.size() == 2:
+    if _is_direct(mesh) and group.size() == 2:
         x = x.contiguous()
         works, (theirs,) = _exchange([x], [x.shape], group)
         return Pending(works, lambda: theirs.add_(x))
@@ -53,7 +53,7 @@ def start_all_gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
     """Concatenate the `x` of all ranks along `dim`, in rank order."""
     group = mesh.get_group()
     x = x.contiguous()
-    if _is_direct(x, group):
+    if _is_direct(mesh):
         works, pieces = _exchange([x] * (group.size() - 1), [x.shape] * (group.size() - 1), group)
         pieces.insert(group.rank(), x)
         return Pending(works, lambda: torch.cat(pieces, dim))
@@ -71,7 +71,7 @@ def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
     """
     group = mesh.get_group()
     parts = [part.contiguous() for part in equal_parts(x, group.size(), dim)]
-    if _is_direct(x, group):
+    if _is_direct(mesh):
         mine = parts[group.rank()]
         others = [part for peer, part in enumerate(parts) if peer != group.rank()]
         works, received = _exchange(others, [mine.shape] * len(others), group)
@@ -86,7 +86,7 @@ def start_reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int) -> Pending:
 def start_all_to_all(parts: Sequence[Tensor], mesh: DeviceMesh) -> tuple[Sequence[dist.Work], list[Tensor]]:
     """Send `parts[i]`, all of one shape, to rank i; the list holds what each rank sent here once the works are done."""
     group = mesh.get_group()
-    if _is_direct(parts[0], group):
+    if _is_direct(mesh):
         rank = group.rank()
         others = [part for peer, part in enumerate(parts) if peer != rank]
         works, received = _exchange(others, [parts[0].shape] * len(others), group)
@@ -108,8 +108,8 @@ def equal_parts(x: Tensor, ranks: int, dim: int) -> tuple[Tensor, ...]:
     return x.split(size // ranks, dim) if size else (x,) * ranks
 
 
-def _is_direct(x: Tensor, group: dist.ProcessGroup) -> bool:
-    return x.device.type == "cpu" and group.size() <= LARGEST_DIRECT_GROUP
+def _is_direct(mesh: DeviceMesh) -> bool:
+    return mesh.device_type == "cpu" and mesh.size() <= LARGEST_DIRECT_GROUP
 
 
 def _exchange(

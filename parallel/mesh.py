@@ -48,9 +48,9 @@ def build_mesh(
     if ranks != world_size:
         grid = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ValueError(f"{grid} is {ranks} ranks, but the world has {world_size}; choose sizes whose product is that")
-    options: Any = {axis: _group_options(device_type, timeout) for axis in AXES}
-    if dist.get_backend() == "fake":
-        options = None
+    options: Any = None
+    if dist.get_backend() != "fake":
+        options = {axis: _group_options(device_type, timeout) for axis in AXES}
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES, backend_override=options)
 
 

@@ -75,9 +75,12 @@ def initialize(module: nn.Module, seed: int, rule: Rule = torch_defaults) -> Non
     """Draw every parameter of `module` from `seed` and its name, the same in every layout.
 
     `rule` gives the distribution of a parameter from its name, the module that owns it and its full shape. Values are
-    drawn in float32 on the CPU and then converted, so that they do not depend on device and precision either.
+    drawn in float32 on the CPU and then converted, so that they do not depend on device and precision either. Nothing
+    is drawn for parameters on the meta device.
     """
     for name, parameter, sharding in sharded_parameters(module):
+        if parameter.is_meta:
+            continue
         full_shape = tuple(parameter.shape) if sharding is None else sharding.full_shape
         distribution = rule(name, module.get_submodule(name.rpartition(".")[0]), full_shape)
         _draw(parameter, full_shape, sharding, distribution, f"{seed}/{name}")

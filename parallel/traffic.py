@@ -5,7 +5,7 @@ dispatch mode sees them all. The engine pays nothing when nobody counts.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,12 +34,14 @@ _NAMES = {
 class Call:
     """One communication operation of this rank.
 
-    `bytes` is the size of the whole tensor: reduced, gathered or scattered, sent or received.
+    `bytes` is the size of the whole tensor: reduced, gathered or scattered, sent or received. `group` is torch's name
+    of the process group: `mesh["tensor"].get_group().group_name`.
     """
 
     operation: str
     bytes: int
     group_size: int
+    group: str = field(default="", compare=False)
 
     @property
     def sent_bytes(self) -> float:
@@ -79,14 +81,10 @@ class Traffic(TorchDispatchMode):
         operation = _NAMES.get(name, name)
         # the list forms pass a whole tensor as one argument of several pieces
         sizes = [sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args]
-        group = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
-        self.calls.append(Call(operation, max(sizes, default=0), _group_size(group)))
-
-
-def _group_size(group: Any) -> int:
-    if group is None:
-        return 1
-    return int(torch.distributed.ProcessGroup.unbox(group).size())
+        boxed = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+        group = None if boxed is None else torch.distributed.ProcessGroup.unbox(boxed)
+        size, name = (1, "") if group is None else (group.size(), group.group_name)
+        self.calls.append(Call(operation, max(sizes, default=0), size, name))
 
 
 def count_traffic() -> Traffic:

@@ -34,9 +34,10 @@ def gradient_norm(parameters: Sequence[nn.Parameter], axes: Sequence[DeviceMesh]
     Communication: one all-reduce of one number per axis.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    squares = torch.zeros(1, dtype=torch.float64, device=axes[0].device_type)
     if gradients:
-        squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum().reshape(1)
+    else:
+        squares = torch.zeros(1, dtype=torch.float64, device=axes[0].device_type)
     for axis in axes:
         if axis.size() > 1:
             squares = start_all_reduce(squares, axis, overwrite=True).wait()

@@ -67,6 +67,9 @@ class PipelineExecutor:
             does it by calling `reduce_shared_gradients` once before the optimiser steps.
         before_last_backward: called with a stage's index just before the last action that produces its gradients, so
             that their reduction over other axes can begin while that action runs.
+        shared_stages: by the name of each shared parameter the stages that hold it, the same on every rank; None asks
+            the other ranks.
+        device: where the stages compute; the mesh's own device when None.
 
     Raises:
         ScheduleError: the schedule is not complete, not ordered, or can hang.
@@ -86,9 +89,11 @@ class PipelineExecutor:
         timeout: float = 600.0,
         reduce_shared_gradients: bool = True,
         before_last_backward: Callable[[int], None] | None = None,
+        shared_stages: Mapping[str, Sequence[int]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         check_schedule(schedule)
-        device = _device(mesh)
+        device = device or _device(mesh)
         self.schedule = schedule
         self._stages = {stage.index: stage for stage in stages}
         self._loss_function = loss_function
@@ -104,7 +109,8 @@ class PipelineExecutor:
         self._forward_schedule = forward_only(schedule)
         self._forward_plan = plan_rank(self._forward_schedule, rank, traffic(self._forward_schedule))
         self._last_backwards = self._find_last_backwards(before_last_backward)
-        self._shared = SharedParameters(stages, self._transport)
+        holders = None if shared_stages is None else _ranks_of(schedule, shared_stages)
+        self._shared = SharedParameters(stages, self._transport, holders)
 
     def step(
         self, batch: Any = None, targets: Any = None, *, keywords: Sequence[Mapping[str, Any]] | None = None
@@ -228,6 +234,10 @@ def _device(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(mesh.device_type)
+
+
+def _ranks_of(schedule: Schedule, shared_stages: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {key: sorted({schedule.placement[stage] for stage in stages}) for key, stages in shared_stages.items()}
 
 
 def _fixed_specs(shapes: str | Mapping[int, Nest], *, requires_grad: bool) -> dict[int, PayloadSpec]:

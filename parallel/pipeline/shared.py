@@ -1,7 +1,7 @@
 """Parameters that several stages hold, such as tied embeddings: kept equal, their gradients summed over the holders."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,19 @@ from weft.parallel.pipeline.transport import SHARED, Transport
 class SharedParameters:
     """The shared parameters of this rank's stages, and the ranks that hold the same ones.
 
-    Making one is a collective call of the pipeline group: it finds the holders, and gives every copy the value that
-    the holder of lowest rank has.
+    Making one is a collective call of the pipeline group: it finds the holders, unless they are given by the name of
+    the parameter, and gives every copy the value that the holder of lowest rank has.
 
     Raises:
         ValueError: two stages share a parameter under one name but in different shapes.
     """
 
-    def __init__(self, stages: Iterable[PipelineStage], transport: Transport) -> None:
+    def __init__(
+        self,
+        stages: Iterable[PipelineStage],
+        transport: Transport,
+        holders: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self._transport = transport
         self._copies: dict[str, list[nn.Parameter]] = {}
         for stage in stages:
@@ -29,7 +34,7 @@ class SharedParameters:
                 copies = self._copies.setdefault(key, [])
                 if not any(parameter is copy for copy in copies):
                     copies.append(parameter)
-        self._holders = self._find_holders()
+        self._holders = self._find_holders() if holders is None else holders
         groups = self._holders.values()
         transport.channels.open((a, b) for holders in groups for a in holders for b in holders if a != b)
         self._make_equal()
@@ -82,7 +87,7 @@ class SharedParameters:
                 for copy in copies:
                     copy.copy_(first)
 
-    def _find_holders(self) -> dict[str, list[int]]:
+    def _find_holders(self) -> Mapping[str, Sequence[int]]:
         shapes = {key: list(copies[0].shape) for key, copies in self._copies.items()}
         holders: dict[str, list[int]] = {}
         for rank, theirs in enumerate(_gather(shapes, self._transport)):

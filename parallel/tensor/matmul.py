@@ -72,7 +72,7 @@ def row_matmul(
 def in_autocast_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as `torch.autocast` would give them to a matrix product, so that the backward sees one precision."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
