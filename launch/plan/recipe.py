@@ -15,23 +15,29 @@ class Recipe:
     Attributes:
         precision: number format of the matrix products, a key of the cluster's peak rates.
         parameter, gradient: bytes of one, as the model computes with it and as it is summed over microbatches.
+        reduced_gradient: bytes of one gradient on its way between data ranks.
         optimizer: bytes per parameter of master copy and moments together.
         activation: bytes of one kept feature.
         attention: "fused" keeps no scores (FlashAttention), "plain" keeps them for every pair of tokens.
         gated_copies: intermediate-sized tensors kept of a gated MLP: gate, up and product when one kernel does all
             between the two matrix products, the activated gate besides when not.
         logit: bytes per logit at the worst moment of the loss.
+        hidden_tensor: share of a backward's weight gradients under which its tensor collectives hide.
+        overlaps_data: whether the data axis reduces gradients while the last backward still runs.
         workspace: bytes that the libraries of a rank hold whatever it computes.
     """
 
     precision: str = "bf16"
     parameter: int = 2
     gradient: int = 4
+    reduced_gradient: int = 4
     optimizer: int = 12
     activation: int = 2
     attention: Literal["fused", "plain"] = "fused"
     gated_copies: int = 3
     logit: int = 10
+    hidden_tensor: float = 0.0
+    overlaps_data: bool = True
     workspace: int = 0
 
     @property
@@ -40,5 +46,7 @@ class Recipe:
         return self.parameter + self.gradient + self.optimizer
 
 
-WEFT = Recipe(precision="fp32", parameter=4, gradient=4, optimizer=8, activation=4, gated_copies=4, logit=12)
+WEFT = Recipe(
+    precision="fp32", parameter=4, gradient=4, optimizer=8, activation=4, gated_copies=4, logit=12, hidden_tensor=0.5
+)
 MEGATRON = Recipe()

@@ -86,22 +86,31 @@ class ModelShape:
         """Features of all keys, and as many of all values."""
         return self.kv_heads * self.head_dim
 
-    @cached_property
+    @property
     def attention_parameters(self) -> int:
         """Parameters of one block's attention."""
         query, keys = self.query_features, self.key_value_features
-        biases = (query + 2 * keys) * self.qkv_bias + self.hidden * self.output_bias
+        return self.attention_matrices + (query + 2 * keys) * self.qkv_bias + self.hidden * self.output_bias
+
+    @cached_property
+    def attention_matrices(self) -> int:
+        """Parameters of the matrices of one block's attention, and of the norms between narrow ones."""
+        query, keys = self.query_features, self.key_value_features
         if self.latent is None:
-            return self.hidden * (2 * query + 2 * keys) + biases
+            return self.hidden * (2 * query + 2 * keys)
         latent, rotary = self.latent, self.latent.rotary_dim
         queries = (self.hidden + 1) * latent.query_rank + latent.query_rank * self.heads * (self.head_dim + rotary)
         down = self.hidden * (latent.key_value_rank + rotary) + latent.key_value_rank
-        return queries + down + latent.key_value_rank * 2 * query + query * self.hidden + biases
+        return queries + down + latent.key_value_rank * 2 * query + query * self.hidden
 
     def mlp_parameters(self, intermediate: int) -> int:
         """Parameters of an MLP with so many features."""
         biases = (self.hidden + (1 + self.gated) * intermediate) * self.mlp_bias
-        return (2 + self.gated) * self.hidden * intermediate + biases
+        return self.mlp_matrices(intermediate) + biases
+
+    def mlp_matrices(self, intermediate: int) -> int:
+        """Parameters of the matrices of an MLP with so many features."""
+        return (2 + self.gated) * self.hidden * intermediate
 
     @property
     def norm_parameters(self) -> int:

@@ -1,0 +1,99 @@
+"""Seconds from the first forward to the last backward of a pipeline, in closed form and by simulation of its table."""
+
+from dataclasses import dataclass
+
+from weft.launch.plan.flight import schedule_of, stages_of_rank
+from weft.launch.plan.layout import Layout
+from weft.launch.plan.stages import StageTimes
+from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.timeline import Timeline
+
+SIMULATED_ROUNDS = 6  # microbatches that are simulated, in units of the pipeline's ranks; the rest is steady
+
+
+@dataclass(frozen=True)
+class PipelineTime:
+    """Seconds of one step's forwards and backwards.
+
+    Attributes:
+        busy: of the rank that has most to do, without sends.
+        sends: how much longer it takes than with sends that take no time.
+        makespan: from the first start to the last end.
+    """
+
+    busy: float
+    sends: float
+    makespan: float
+
+    @property
+    def bubble(self) -> float:
+        return max(0.0, self.makespan - self.busy - self.sends)
+
+
+def closed_form(layout: Layout, times: StageTimes, microbatches: int) -> PipelineTime:
+    """The work of the fullest rank, and the schedule's bubble by its paper, with stages as long as they are on average.
+
+    1F1B exposes two sends per microbatch in its steady state as well as while it fills and drains; interleaved
+    schedules have enough microbatches in flight to hide them there.
+    """
+    busy = _busy(layout, times, microbatches)
+    if layout.pipeline == 1:
+        return PipelineTime(busy, 0.0, busy)
+    waiting = layout.pipeline - 1
+    forward, inputs, weights = (
+        sum(seconds) / layout.pipeline for seconds in (times.forward, times.input_gradient, times.weight_gradient)
+    )
+    several = layout.stages_per_rank
+    bubbles = {
+        "interleaved": (forward + inputs + weights) / several,
+        "looped-bfs": (forward + inputs + weights) / several,
+        "zb-h1": max(0.0, forward + inputs - weights),
+        "zb-h2": forward,
+        "interleaved-zb": forward / several,
+        "zb-v": forward / 2,
+        "v-half": (forward + inputs + weights) / 2,
+        "dualpipe-v": (forward + inputs + weights) / 3,
+    }
+    bubble = waiting * bubbles.get(layout.schedule, forward + inputs + weights)
+    steady = 2 * times.send * waiting / layout.pipeline * microbatches if layout.schedule in ("1f1b", "zb-h1") else 0.0
+    sends = 2 * waiting * times.send + steady
+    return PipelineTime(busy, sends, busy + bubble + sends)
+
+
+def simulated(layout: Layout, times: StageTimes, microbatches: int) -> PipelineTime:
+    """By the engine's own simulator of the schedule's table.
+
+    Of more than `SIMULATED_ROUNDS` rounds of microbatches two numbers are simulated, and the time that a further round
+    takes between them goes on for the rest: a schedule repeats itself in its steady state.
+    """
+    busy = _busy(layout, times, microbatches)
+    if layout.pipeline == 1:
+        return PipelineTime(busy, 0.0, busy)
+    whole = _makespan(layout, times, microbatches, times.send)
+    free = _makespan(layout, times, microbatches, 0.0) if times.send else whole
+    return PipelineTime(busy, max(0.0, whole - free), whole)
+
+
+def timeline(layout: Layout, times: StageTimes, microbatches: int, send: float) -> Timeline:
+    """Of all ranks of the pipeline."""
+    costs = ScheduleCosts(times.forward, times.input_gradient, times.weight_gradient, send=send)
+    return simulate_schedule(schedule_of(layout, microbatches), costs)
+
+
+def _makespan(layout: Layout, times: StageTimes, microbatches: int, send: float) -> float:
+    most = SIMULATED_ROUNDS * layout.pipeline
+    if microbatches <= most or layout.schedule in ("gpipe", "looped-bfs"):
+        return timeline(layout, times, microbatches, send).makespan
+    rest = (microbatches - most) % layout.pipeline
+    end = most - layout.pipeline + rest
+    begin = end - 2 * layout.pipeline
+    later, sooner = (timeline(layout, times, count, send).makespan for count in (end, begin))
+    return later + (microbatches - end) * (later - sooner) / (end - begin)
+
+
+def _busy(layout: Layout, times: StageTimes, microbatches: int) -> float:
+    """Seconds that the fullest rank computes."""
+    whole = [sum(kinds) for kinds in zip(times.forward, times.input_gradient, times.weight_gradient, strict=True)]
+    return microbatches * max(
+        sum(whole[stage] for stage in stages_of_rank(layout, rank)) for rank in range(layout.pipeline)
+    )
