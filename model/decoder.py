@@ -245,6 +245,17 @@ class DecoderStage(nn.Module):
         return rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype=x.dtype)
 
 
+def without_sequence_parallelism(stage: DecoderStage) -> DecoderStage:
+    """A stage that computes with the very weights of `stage`, its sequence whole on every rank: for generation."""
+    numbers = [int(number) for number in stage.layers]
+    dtype = next(stage.parameters()).dtype
+    plain = DecoderStage(
+        stage.config, numbers, first=stage.first, last=stage.last, mesh=stage.mesh, device="meta", dtype=dtype
+    )
+    plain.load_state_dict(stage.state_dict(), assign=True)
+    return plain.eval()
+
+
 def make_norm(config: ModelConfig, **options: Any) -> nn.Module:
     """The norm that the config asks for."""
     kind = RMSNorm if config.norm == "rms" else LayerNorm

@@ -1,0 +1,227 @@
+"""What is computed next: continuous batching over the slots of a cache.
+
+A text that ends frees its slot at once for one that waits; nobody waits for the longest text of a batch. The slots are
+divided into groups, each of which has at most one plan under way, so that as many plans are under way as there are
+groups: with one per pipeline stage, every stage has work.
+
+Nothing here computes or communicates: `next` gives a group's next plan, `finish` takes the answer to it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from weft.model.generation.plan import NO_LOGPROBS, Kind, Plan
+from weft.model.generation.request import Request, read_token
+from weft.model.generation.sampling import LIKELIEST
+
+PREFILL_TOKENS = 8192
+"""Tokens of prompts, padding included, that one plan may take in: bounds the memory of a forward."""
+
+
+@dataclass
+class Group:
+    """Slots that are computed together.
+
+    Attributes:
+        first: number of its first slot in the worker's cache.
+        texts: the text in each slot; None where it is free.
+        under_way: the plan that is being computed, and the text of each of its rows.
+    """
+
+    first: int
+    texts: list[Request | None]
+    under_way: tuple[Plan, list[Request | None]] | None = None
+
+
+@dataclass
+class Scheduler:
+    """Texts that wait, texts in slots, and plans for them.
+
+    Args:
+        groups: how many plans may be under way.
+        slots: texts of each group.
+        capacity: tokens of a text, its prompt included.
+        replicas: the groups take turns in belonging to one of that many replicas, each with a cache of its own.
+    """
+
+    groups: int
+    slots: int
+    capacity: int
+    replicas: int = 1
+    waiting: deque[Request] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._groups = [
+            Group(number // self.replicas * self.slots, [None] * self.slots) for number in range(self.groups)
+        ]
+
+    def submit(self, request: Request) -> None:
+        """Let a text wait for its turn.
+
+        Raises:
+            ValueError: it has no prompt, or one that leaves no room.
+        """
+        self.check(request)
+        if request.max_tokens or request.score:
+            self.waiting.append(request)
+        else:
+            request.end("length")
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError when the text could never have its turn."""
+        if not request.tokens:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(request.tokens) + bool(request.max_tokens) > self.capacity:
+            raise ValueError(
+                f"the prompt has {len(request.tokens)} tokens, but a text may have {self.capacity}, new tokens included"
+            )
+
+    @property
+    def active(self) -> int:
+        """Texts in slots."""
+        return sum(text is not None for group in self._groups for text in group.texts)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.waiting and not self.active and all(group.under_way is None for group in self._groups)
+
+    def next(self, number: int) -> Plan | None:
+        """The next plan of a group, now under way; None when it has nothing to do."""
+        group = self._groups[number]
+        self._drop_cancelled(group)
+        work = self._score() or self._admit(group) or _extend(group)
+        group.under_way = work
+        return work[0] if work else None
+
+    def under_way(self, number: int) -> Plan | None:
+        """The plan of a group that has not been answered yet."""
+        work = self._groups[number].under_way
+        return work[0] if work else None
+
+    def finish(self, number: int, answer: Tensor) -> None:
+        """Take the answer to the group's plan."""
+        group = self._groups[number]
+        assert group.under_way is not None
+        plan, texts = group.under_way
+        group.under_way = None
+        for text, row in zip(texts, answer.tolist(), strict=True):
+            if text is None:
+                continue
+            if plan.kind == Kind.SCORE:
+                self._take_scores(text, row)
+            else:
+                self._take_token(text, row)
+        group.texts = [None if text is not None and text.finish else text for text in group.texts]
+
+    def _take_scores(self, text: Request, row: list[list[float]]) -> None:
+        text.scores = [read_token(columns, max(0, text.top)) for columns in row[: len(text.tokens) - 1]]
+        text.scored = True
+        if text.max_tokens and not text.cancelled:
+            self.waiting.appendleft(text)
+        else:
+            text.end("cancelled" if text.cancelled else "length")
+
+    def _take_token(self, text: Request, row: list[float]) -> None:
+        token = read_token(row, text.top)
+        if text.cancelled:
+            text.end("cancelled")
+        elif token.number in text.stop_tokens:
+            text.end("stop")
+        else:
+            text.generated.append(token)
+            if text.watch is not None and text.watch(text):
+                text.end("stop")
+            elif len(text.generated) >= text.max_tokens or text.length >= self.capacity:
+                text.end("length")
+
+    def _drop_cancelled(self, group: Group) -> None:
+        for slot, text in enumerate(group.texts):
+            if text is not None and text.cancelled:
+                group.texts[slot] = None
+                text.end("cancelled")
+        while self.waiting and self.waiting[0].cancelled:
+            self.waiting.popleft().end("cancelled")
+
+    def _score(self) -> tuple[Plan, list[Request | None]] | None:
+        """A plan for the texts at the head of the queue whose prompts are to be scored."""
+        wanting = list(takewhile(lambda text: text.to_score, self.waiting))
+        texts = _fitting(wanting, self.slots)
+        for _ in texts:
+            self.waiting.popleft()
+        return (_prompts(Kind.SCORE, 0, texts), list(texts)) if texts else None
+
+    def _admit(self, group: Group) -> tuple[Plan, list[Request | None]] | None:
+        """A plan for texts that take consecutive free slots; the groups share what there is to do."""
+        share = -(-(self.active + len(self.waiting)) // self.groups)
+        room = share - sum(text is not None for text in group.texts)
+        free = [slot for slot, text in enumerate(group.texts) if text is None]
+        if not self.waiting or not free or room < 1:
+            return None
+        run = list(takewhile(lambda slot: slot - free[0] == free.index(slot), free))
+        ready = list(takewhile(lambda text: not text.to_score, self.waiting))
+        texts = _fitting(ready, min(room, len(run)))
+        if not texts:
+            return None
+        for slot, text in zip(run, texts, strict=False):
+            self.waiting.popleft()
+            group.texts[slot] = text
+        return _prompts(Kind.EXTEND, group.first + run[0], texts), list(texts)
+
+
+def _fitting(texts: Sequence[Request], most: int) -> list[Request]:
+    """The first texts that one plan may take in, at least one if there is any."""
+    longest, taken = 0, 0
+    for text in texts[:most]:
+        longest = max(longest, len(text.tokens))
+        if taken and longest * (taken + 1) > PREFILL_TOKENS:
+            break
+        taken += 1
+    return list(texts[:taken])
+
+
+def _prompts(kind: Kind, first: int, texts: Sequence[Request]) -> Plan:
+    """Whole prompts, shorter ones filled up with their last token."""
+    longest = max(len(text.tokens) for text in texts)
+    rows = [[*text.tokens, *[text.tokens[-1]] * (longest - len(text.tokens))] for text in texts]
+    # the log-probability is what a score is about
+    top = max(text.top for text in texts) if kind == Kind.EXTEND else max(0, *(text.top for text in texts))
+    return Plan(
+        kind,
+        first,
+        torch.tensor(rows),
+        torch.zeros(len(texts), dtype=torch.int64),
+        torch.tensor([len(text.tokens) - 1 for text in texts]),
+        torch.tensor([text.sampling.row(0) for text in texts], dtype=torch.float64),
+        fresh=True,
+        top=top,
+    )
+
+
+def _extend(group: Group) -> tuple[Plan, list[Request | None]] | None:
+    """One more token for every text of the group; free slots between them are computed and not looked at."""
+    held = [slot for slot, text in enumerate(group.texts) if text is not None]
+    if not held:
+        return None
+    texts = group.texts[held[0] : held[-1] + 1]
+    tokens, starts, sampling, top = [], [], [], NO_LOGPROBS
+    for text in texts:
+        tokens.append([text.generated[-1].number if text is not None else 0])
+        starts.append(text.length - 1 if text is not None else 0)
+        sampling.append(text.sampling.row(len(text.generated)) if text is not None else LIKELIEST)
+        top = max(top, text.top if text is not None else top)
+    plan = Plan(
+        Kind.EXTEND,
+        group.first + held[0],
+        torch.tensor(tokens),
+        torch.tensor(starts),
+        torch.zeros(len(texts), dtype=torch.int64),
+        torch.tensor(sampling, dtype=torch.float64),
+        top=top,
+    )
+    return plan, list(texts)
