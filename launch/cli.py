@@ -18,6 +18,7 @@ _COMMANDS = {
     "topology": "weft.launch.topology_command:topology_command",
     "schedule": "weft.launch.schedule_command:schedule_command",
     "verify": "weft.launch.verify_command:verify_command",
+    "generate": "weft.launch.generate_command:generate_command",
 }
 
 

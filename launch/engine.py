@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.launch.optimizer import build_optimizer, learning_rate
-from weft.launch.schedules import load_schedule, one_microbatch
+from weft.launch.schedules import load_schedule
 from weft.launch.sections import Settings
 from weft.model.config import ModelConfig
-from weft.model.decoder import TIED, DecoderStage, initial_distribution
-from weft.model.generate import generate
+from weft.model.decoder import TIED, DecoderStage, initial_distribution, without_sequence_parallelism
+from weft.model.generation.driver import Session
+from weft.model.generation.request import Request
+from weft.model.generation.sampling import Sampling
+from weft.model.generation.worker import Placement, Worker
 from weft.model.split import split_layers
 from weft.parallel import (
     DropoutKey,
@@ -134,21 +138,25 @@ class Engine:
         result = self.executor.evaluate(self._cut(inputs), self._cut(targets))
         return self._over_data(result.loss), self._count_targets(targets)
 
-    def generate(self, prompt: Sequence[int], *, new_tokens: int, temperature: float, top_k: int) -> list[int]:
-        """Go on from a prompt, the same on every rank; see `weft.model.generate`."""
-        self._set_mode(training=False)
-        return generate(
-            self._build_executor(one_microbatch(self.schedule)),
-            prompt,
-            new_tokens=new_tokens,
+    def generate(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling) -> list[int]:
+        """Go on from a prompt with the weights as they are. A collective call of all ranks; rank 0 gets the tokens."""
+        modules = {stage.index: stage.module for stage in self.stages if isinstance(stage.module, DecoderStage)}
+        stages = {index: without_sequence_parallelism(module) for index, module in modules.items()}
+        worker = Worker(
+            Placement(stages, self.schedule, self.tensor, self.pipeline),
             vocab_size=self.config.vocab_size,
-            window=self.settings.corpus.sequence_length,
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            temperature=temperature,
-            top_k=top_k,
-            seed=self.settings.train.seed,
+            slots=self.pipeline.size(),
+            capacity=len(prompt) + new_tokens,
+            timeout=self.settings.train.timeout,
         )
+        session = Session(worker, self.mesh)
+        if dist.get_rank() != 0:
+            session.follow()
+            return []
+        request = Request(prompt, new_tokens, sampling)
+        session.run([request])
+        session.close()
+        return [token.number for token in request.generated]
 
     def gather_timeline(self, outcome: StepOutcome) -> Timeline:
         """The measured timeline of all ranks of this pipeline. A collective call of the pipeline axis."""

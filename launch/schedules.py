@@ -29,11 +29,3 @@ def load_schedule(parallel: ParallelSettings, microbatches: int) -> Schedule:
         if own != wanted:
             raise ScheduleError(f"the table is for {own} {what}, but the layout has {wanted}")
     return schedule
-
-
-def one_microbatch(schedule: Schedule) -> Schedule:
-    """The forward of a single microbatch through the stages where the schedule has placed them."""
-    programs = [
-        [action for action in program if action.kind == "F" and action.microbatch == 0] for program in schedule.programs
-    ]
-    return Schedule(schedule.name, programs, schedule.placement)

@@ -10,6 +10,7 @@ from weft.launch.report import RankReport, RunReport, Sample, write_report
 from weft.launch.settings import dump_settings
 from weft.launch.timelines import timeline_pictures
 from weft.launch.trainer import Trainer, held_bytes
+from weft.model.generation.sampling import Sampling
 
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 120
@@ -41,9 +42,11 @@ def conclude(trainer: Trainer) -> None:
 
 
 def _sample(trainer: Trainer) -> Sample:
-    """Text that goes on from the first held-out words."""
-    prompt = [int(token) for token in trainer.tokens.held_out[:PROMPT_TOKENS]]
-    tokens = trainer.engine.generate(prompt, new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=40)
+    """Text that goes on from the first held-out words, as far as the model was trained to see."""
+    length = trainer.settings.corpus.sequence_length
+    prompt = [int(token) for token in trainer.tokens.held_out[: min(PROMPT_TOKENS, -(-length // 2))]]
+    sampling = Sampling(temperature=0.7, top_k=40, seed=trainer.settings.train.seed)
+    tokens = trainer.engine.generate(prompt, min(SAMPLE_TOKENS, length - len(prompt)), sampling)
     decode = trainer.tokens.tokenizer.decode
     whole, start = decode(prompt + tokens), decode(prompt)
     return Sample(prompt=start, text=whole.removeprefix(start))

@@ -30,6 +30,7 @@ from weft.launch.summary import conclude
 from weft.launch.tokens import TokenisedCorpus, prepare
 from weft.launch.trainer import Trainer
 from weft.launch.units import seconds_of
+from weft.launch.vocabulary import keep_vocabulary
 from weft.launch.world import device_type
 from weft.model.config import model_config
 from weft.parallel import build_mesh
@@ -86,6 +87,7 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
         if dist.get_rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+            keep_vocabulary(tokens.tokenizer, settings.corpus.tokenizer, directory)
             watch = _Watch(settings, engine, directory, trainer.step)
             stack.enter_context(watch.writer)
             stack.enter_context(watch.progress)

@@ -11,7 +11,7 @@ from weft.model.decoder import DecoderStage
 from weft.model.generation.plan import NO_LOGPROBS, Kind, Plan
 from weft.model.generation.sampling import PENALTY, TEMPERATURE, choose, penalize
 from weft.model.generation.vocabulary import likeliest, log_normalizer, logits_of
-from weft.parallel import KeyValueCache, gather
+from weft.parallel import KeyValueCache, ParallelSelfAttention, gather
 from weft.parallel.pipeline.channels import open_channels
 from weft.parallel.pipeline.table import Schedule
 from weft.parallel.pipeline.transport import DATA, Pending, Transport
@@ -181,7 +181,7 @@ def _not_taken() -> str:
 
 def _cache(stage: DecoderStage, slots: int, capacity: int) -> KeyValueCache:
     parameter = next(stage.parameters())
-    attentions = [block.self_attn for block in stage.layers.values()]
+    attentions = [module for module in stage.modules() if isinstance(module, ParallelSelfAttention)]
     return KeyValueCache(
         stage.layers,
         slots=slots,

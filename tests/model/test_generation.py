@@ -1,10 +1,12 @@
 """Generated tokens against `transformers`, and the same ones in every layout."""
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.pool import Pool
@@ -67,6 +69,8 @@ def open_session(config: ModelConfig, layout: Layout, *, slots: int, capacity: i
     ends = {"first": rank == 0, "last": rank == layout.pipeline - 1}
     stage = DecoderStage(config, layers, **ends, mesh=mesh["tensor"], dtype=torch.float64).eval()
     initialize(stage, 3, initial_distribution(config))
+    for copy in stage.tied_parameters.values():
+        dist.broadcast(copy.data, group=mesh["pipeline"].get_group(), group_src=0)
     schedule = build_schedule("gpipe", layout.pipeline, 1)
     placement = Placement({rank: stage}, schedule, mesh["tensor"], mesh["pipeline"])
     worker = Worker(placement, vocab_size=VOCABULARY, slots=slots, capacity=capacity, timeout=50)
@@ -75,8 +79,6 @@ def open_session(config: ModelConfig, layout: Layout, *, slots: int, capacity: i
 
 def run_requests(settings: dict[str, Any], layout: Layout, requests: list[Request], slots: int) -> list[Request]:
     """The finished requests, on rank 0."""
-    import os
-
     session = open_session(model_config(settings), layout, slots=slots)
     if int(os.environ["RANK"]):
         session.follow()
@@ -153,22 +155,25 @@ def test_greedy_tokens_are_those_of_transformers(pool: Pool) -> None:
         assert len({tuple(row) for row in theirs}) == 4, "all the same: nothing was tested"
 
 
-LAYOUTS = [Layout(tensor=2), Layout(pipeline=2), Layout(data=2, pipeline=2), Layout(tensor=2, pipeline=2)]
+LAYOUTS = [
+    ("gpt2", Layout(tensor=2)),
+    ("tied", Layout(tensor=4)),
+    ("tied", Layout(pipeline=2)),
+    ("llama", Layout(data=2, pipeline=2)),
+    ("llama", Layout(tensor=2, pipeline=2)),
+]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(tensor=4)], ids=str)
-def test_every_layout_gives_the_tokens_of_one_process(pool: Pool, layout: Layout) -> None:
-    """Greedy and sampled texts beside each other, more of them than slots."""
-    for settings in CONFIGS.values():
-        if settings is CONFIGS["tied"] or layout.ranks <= 2 or settings is LLAMA:
-            requests = mixed_requests()
-            (alone,) = pool.run(1, run_requests, settings, Layout(), requests, 2)
-            found = pool.run(layout.ranks, run_requests, settings, layout, requests, 4)[0]
-            assert numbers(found) == numbers(alone)
-            for mine, theirs in zip(found, alone, strict=True):
-                for token, expected in zip(mine.generated + mine.scores, theirs.generated + theirs.scores, strict=True):
-                    assert token.logprob == pytest.approx(expected.logprob, abs=1e-10)
-                    assert [n for n, _ in token.likeliest] == [n for n, _ in expected.likeliest]
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids=str)
+def test_every_layout_gives_the_tokens_of_one_process(pool: Pool, model: str, layout: Layout) -> None:
+    """Greedy and sampled texts beside each other, with and without log-probabilities, more of them than slots."""
+    (alone,) = pool.run(1, run_requests, CONFIGS[model], Layout(), mixed_requests(), 2)
+    found = pool.run(layout.ranks, run_requests, CONFIGS[model], layout, mixed_requests(), 4)[0]
+    assert numbers(found) == numbers(alone)
+    for mine, theirs in zip(found, alone, strict=True):
+        for token, expected in zip(mine.generated + mine.scores, theirs.generated + theirs.scores, strict=True):
+            assert token.logprob == pytest.approx(expected.logprob, abs=1e-10)
+            assert [number for number, _ in token.likeliest] == [number for number, _ in expected.likeliest]
 
 
 def mixed_requests() -> list[Request]:
