@@ -17,6 +17,7 @@ _COMMANDS = {
     "train": "weft.launch.train_command:train_command",
     "topology": "weft.launch.topology_command:topology_command",
     "schedule": "weft.launch.schedule_command:schedule_command",
+    "plan": "weft.launch.plan_command:plan_command",
     "verify": "weft.launch.verify_command:verify_command",
     "generate": "weft.launch.generate_command:generate_command",
 }

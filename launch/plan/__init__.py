@@ -10,6 +10,8 @@ Plain Python: nothing here imports torch, and nothing touches a device. What goe
                                   clusters.yaml beside it, or a file of the user's in the same format
     Memory          memory.py     `memory_of_rank(shape, job, layout, recipe, rank) -> Memory`: bytes by kind
     StepTime        step.py       `step_time(shape, job, layout, recipe, cluster) -> StepTime`: seconds by kind
+    Space           candidates.py all layouts; `ask.space_of(settings, cluster)` makes it of a settings file
+    Plan            search.py     `Planner(space, cluster).search() -> Plan`: what fits, fastest first, and what loses
 
 Times are seconds, sizes bytes, rates per second, unless a name says otherwise. An axis is spread over ranks in the
 order of `weft.launch.topology`: tensor innermost, then context, data, pipeline.

@@ -62,6 +62,9 @@ class Cluster(Section):
     microbatch_overhead: NotBelow0 = Field(
         default=0.0, description="microseconds per stage and microbatch beside the kernels"
     )
+    overlaps: bool = Field(
+        default=True, description="whether devices compute while they communicate; CPU cores do both"
+    )
     reserved: NotBelow0 = Field(default=1.5, description="GiB of a device that drivers and libraries hold")
 
     def peak(self, precision: str) -> float:

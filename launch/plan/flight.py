@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from weft.launch.plan.layout import Layout
+from weft.launch.plan.shape import ModelShape
 from weft.parallel.pipeline.schedules import build_schedule
 from weft.parallel.pipeline.table import Action, Schedule
 
@@ -16,6 +17,22 @@ def stages_of_rank(layout: Layout, rank: int) -> list[int]:
     if layout.schedule in V_SHAPED and layout.stages_per_rank == 2:
         return [rank, 2 * size - 1 - rank]
     return list(range(rank, layout.stages, size))
+
+
+def distinct_ranks(shape: ModelShape, layout: Layout) -> tuple[int, ...]:
+    """One pipeline rank, the first, of all that hold as many layers and the same ends of the model."""
+    in_v = layout.schedule in V_SHAPED and layout.stages_per_rank == 2
+    return _distinct(layout.layers(shape), layout.pipeline, in_v)
+
+
+@lru_cache(maxsize=4096)
+def _distinct(shares: tuple[int, ...], ranks: int, in_v: bool) -> tuple[int, ...]:
+    seen: dict[tuple[int, ...], int] = {}
+    last = len(shares) - 1
+    for rank in range(ranks):
+        stages = [rank, last - rank] if in_v else range(rank, len(shares), ranks)
+        seen.setdefault((*(shares[stage] for stage in stages), 0 in stages, last in stages), rank)
+    return tuple(seen.values())
 
 
 def schedule_of(layout: Layout, microbatches: int) -> Schedule:

@@ -1,7 +1,7 @@
 """What is trained in a step, and how it is spread over ranks."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from weft.launch.plan.shape import ModelShape
@@ -86,6 +86,7 @@ class Layout:
         return " · ".join(parts)
 
 
+@lru_cache
 def equal_shares(layers: int, stages: int) -> tuple[int, ...]:
     """Layers of each stage, larger shares first."""
     share, more = divmod(layers, stages)

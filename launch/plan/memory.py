@@ -5,7 +5,14 @@ Model states: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1). Activati
 
 from weft.launch.plan.activations import input_bytes, kept_after_recompute, kept_of_block, local_tokens
 from weft.launch.plan.breakdown import Memory
-from weft.launch.plan.flight import enough_microbatches, most_in_flight, peak_bytes, schedule_of, stages_of_rank
+from weft.launch.plan.flight import (
+    distinct_ranks,
+    enough_microbatches,
+    most_in_flight,
+    peak_bytes,
+    schedule_of,
+    stages_of_rank,
+)
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.parameters import StageParameters, rank_parameters, stage_layers, stage_parameters
 from weft.launch.plan.recipe import Recipe
@@ -39,16 +46,10 @@ def memory_of_rank(
 def worst_memory(shape: ModelShape, job: Job, layout: Layout, recipe: Recipe, *, read_table: bool = True) -> Memory:
     """Of all pipeline ranks, the one that holds most."""
     memories = (
-        memory_of_rank(shape, job, layout, recipe, rank, read_table=read_table) for rank in _ranks_to_ask(layout)
+        memory_of_rank(shape, job, layout, recipe, rank, read_table=read_table)
+        for rank in distinct_ranks(shape, layout)
     )
     return max(memories, key=lambda memory: memory.total)
-
-
-def _ranks_to_ask(layout: Layout) -> list[int]:
-    """The first holds most activations and the embedding, the last the logits; those between are as the second."""
-    if layout.layers_of_stages:
-        return list(range(layout.pipeline))
-    return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
 
 
 def _sharded(parameters: StageParameters, layout: Layout, size: int, *, from_zero: int) -> float:
@@ -78,7 +79,7 @@ def _activations(shape: ModelShape, job: Job, layout: Layout, recipe: Recipe, ra
 def stage_activations(shape: ModelShape, job: Job, layout: Layout, recipe: Recipe, stage: int) -> float:
     """Bytes that a stage keeps of one microbatch: its blocks', and the last stage's inputs of norm and head."""
     layers = stage_layers(shape, layout, stage)
-    with_experts = sum(map(shape.has_experts, layers))
+    with_experts = shape.expert_layers(layers)
     kept = (len(layers) - with_experts) * kept_after_recompute(shape, job, layout, recipe)
     if with_experts:
         kept += with_experts * kept_after_recompute(shape, job, layout, recipe, experts=True)

@@ -1,6 +1,8 @@
 """Parameters that one rank holds of a stage, and how many ranks hold the same."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from math import ceil
 
 from weft.launch.plan.layout import Layout
@@ -24,14 +26,25 @@ class StageParameters:
 
 def stage_layers(shape: ModelShape, layout: Layout, stage: int) -> range:
     """The layers of a stage."""
-    shares = layout.layers(shape)
-    first = sum(shares[:stage])
-    return range(first, first + shares[stage])
+    bounds = _bounds(layout.layers(shape))
+    return range(bounds[stage], bounds[stage + 1])
+
+
+@lru_cache
+def _bounds(shares: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(accumulate(shares, initial=0))
 
 
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> StageParameters:
     """What one tensor rank holds of `stage`: its layers, the embedding on the first, norm and head on the last."""
-    total = sum((_block(shape, layout, layer) for layer in stage_layers(shape, layout, stage)), StageParameters())
+    layers = stage_layers(shape, layout, stage)
+    expert = shape.expert_layers(layers)
+    shared = (len(layers) - expert) * _plain_block(shape, layout.tensor)
+    routed = 0.0
+    if expert:
+        block = _expert_block(shape, layout.tensor, layout.expert)
+        shared += expert * block.shared
+        routed = expert * block.experts
     table = ceil(shape.vocab / layout.tensor) * shape.hidden
     ends = 0.0
     if stage == 0:
@@ -39,7 +52,7 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> StagePara
     if stage == layout.stages - 1:
         ends += shape.norm_parameters
         ends += 0 if shape.tied and stage == 0 else table
-    return total + StageParameters(ends)
+    return StageParameters(shared + ends, routed)
 
 
 def rank_parameters(shape: ModelShape, layout: Layout, stages: list[int]) -> StageParameters:
@@ -47,16 +60,19 @@ def rank_parameters(shape: ModelShape, layout: Layout, stages: list[int]) -> Sta
     return sum((stage_parameters(shape, layout, stage) for stage in stages), StageParameters())
 
 
-def _block(shape: ModelShape, layout: Layout, layer: int) -> StageParameters:
-    norms = 2 * shape.norm_parameters
-    attention = _attention(shape, layout.tensor)
-    if not shape.has_experts(layer):
-        return StageParameters(norms + attention + _mlp(shape, shape.intermediate, layout.tensor))
+@lru_cache
+def _plain_block(shape: ModelShape, tensor: int) -> float:
+    return 2 * shape.norm_parameters + _attention(shape, tensor) + _mlp(shape, shape.intermediate, tensor)
+
+
+@lru_cache
+def _expert_block(shape: ModelShape, tensor: int, expert: int) -> StageParameters:
     experts = shape.experts
     assert experts is not None
-    shared = _mlp(shape, experts.shared_intermediate, layout.tensor) if experts.shared_intermediate else 0.0
-    routed = experts.count * shape.mlp_parameters(experts.intermediate) / (layout.expert * layout.tensor)
-    return StageParameters(norms + attention + shared + experts.count * shape.hidden, routed)
+    shared = _mlp(shape, experts.shared_intermediate, tensor) if experts.shared_intermediate else 0.0
+    routed = experts.count * shape.mlp_parameters(experts.intermediate) / (expert * tensor)
+    whole = 2 * shape.norm_parameters + _attention(shape, tensor) + shared + experts.count * shape.hidden
+    return StageParameters(whole, routed)
 
 
 def _attention(shape: ModelShape, tensor: int) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from weft.launch.plan.flight import schedule_of, stages_of_rank
+from weft.launch.plan.flight import V_SHAPED, schedule_of
 from weft.launch.plan.layout import Layout
 from weft.launch.plan.stages import StageTimes
 from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
@@ -94,6 +94,9 @@ def _makespan(layout: Layout, times: StageTimes, microbatches: int, send: float)
 def _busy(layout: Layout, times: StageTimes, microbatches: int) -> float:
     """Seconds that the fullest rank computes."""
     whole = [sum(kinds) for kinds in zip(times.forward, times.input_gradient, times.weight_gradient, strict=True)]
-    return microbatches * max(
-        sum(whole[stage] for stage in stages_of_rank(layout, rank)) for rank in range(layout.pipeline)
-    )
+    size = layout.pipeline
+    if layout.schedule in V_SHAPED and layout.stages_per_rank == 2:
+        ranks = [whole[rank] + whole[-1 - rank] for rank in range(size)]
+    else:
+        ranks = [sum(whole[rank::size]) for rank in range(size)]
+    return microbatches * max(ranks)

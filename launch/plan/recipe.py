@@ -4,7 +4,7 @@ ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1): mixed-precision Adam ta
 parameter and gradient in half precision; master copy, momentum and variance in single.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -50,3 +50,9 @@ WEFT = Recipe(
     precision="fp32", parameter=4, gradient=4, optimizer=8, activation=4, gated_copies=4, logit=12, hidden_tensor=0.5
 )
 MEGATRON = Recipe()
+
+
+def recipe_of(precision: str, *, overlaps: bool = True) -> Recipe:
+    """How this engine stores numbers when it trains in `precision`; `overlaps`: while it communicates."""
+    recipe = WEFT if precision == "fp32" else replace(MEGATRON, precision=precision, hidden_tensor=WEFT.hidden_tensor)
+    return recipe if overlaps else replace(recipe, overlaps_data=False, hidden_tensor=0.0)

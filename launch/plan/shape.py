@@ -144,6 +144,10 @@ class ModelShape:
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and layer >= self.experts.dense_layers
 
+    def expert_layers(self, layers: range) -> int:
+        """How many of these layers have experts."""
+        return 0 if self.experts is None else max(0, layers.stop - max(layers.start, self.experts.dense_layers))
+
     @cached_property
     def _expert_layer_parameters(self) -> int:
         assert self.experts is not None

@@ -6,11 +6,11 @@ from weft.launch.plan import pipeline
 from weft.launch.plan.block import Model
 from weft.launch.plan.breakdown import StepTime
 from weft.launch.plan.cluster import Cluster
-from weft.launch.plan.flight import stages_of_rank
+from weft.launch.plan.flight import distinct_ranks, stages_of_rank
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.recipe import Recipe
 from weft.launch.plan.shape import ModelShape
-from weft.launch.plan.stages import StageTimes, stage_times
+from weft.launch.plan.stages import StageTimes, stage_times, total
 from weft.launch.plan.update import update_time
 
 
@@ -19,13 +19,18 @@ def step_time(
 ) -> StepTime:
     """What a step takes; `simulate`: run the schedule's table in time, else take its bubble's closed form."""
     model = Model(shape, job, layout, recipe, cluster)
-    times = stage_times(model)
+    return step_of(model, stage_times(model), simulate=simulate)
+
+
+def step_of(model: Model, times: StageTimes, *, simulate: bool) -> StepTime:
+    """As `step_time`, of stages whose times are known."""
+    layout, job = model.layout, model.job
     count = layout.microbatches(job)
     run = (pipeline.simulated if simulate else pipeline.closed_form)(layout, times, count)
     update = update_time(model, times)
-    parts = _fullest(layout, times, count)
+    work = _fullest(model, times, count)
     return replace(
-        parts,
+        work,
         pipeline=run.sends,
         bubble=run.bubble,
         data=update.data,
@@ -33,20 +38,20 @@ def step_time(
     )
 
 
-def _fullest(layout: Layout, times: StageTimes, count: int) -> StepTime:
+def _fullest(model: Model, times: StageTimes, count: int) -> StepTime:
     """What the rank with most work does, by kind."""
     return max(
-        (_work(times, stages_of_rank(layout, rank), count) for rank in range(layout.pipeline)),
+        (_work(times, stages_of_rank(model.layout, rank), count) for rank in distinct_ranks(model.shape, model.layout)),
         key=lambda work: work.total,
     )
 
 
 def _work(times: StageTimes, stages: list[int], count: int) -> StepTime:
-    own = [times.stages[stage] for stage in stages]
+    own = total([(times.stages[stage], 1) for stage in stages])
     return StepTime(
-        compute=count * sum(piece.forward + piece.input_gradient + piece.weight_gradient for piece in own),
-        recompute=count * sum(piece.recompute for piece in own),
-        tensor=count * sum(piece.tensor_forward + piece.tensor_backward + piece.tensor_recompute for piece in own),
-        context=count * sum(piece.context_forward + piece.context_backward for piece in own),
-        overhead=count * 2 * times.overhead * len(own),
+        compute=count * (own.forward + own.input_gradient + own.weight_gradient),
+        recompute=count * own.recompute,
+        tensor=count * (own.tensor_forward + own.tensor_backward + own.tensor_recompute),
+        context=count * (own.context_forward + own.context_backward),
+        overhead=count * 2 * times.overhead * len(stages),
     )

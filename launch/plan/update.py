@@ -54,17 +54,21 @@ def _sharded_seconds(model: Model, times: StageTimes, held: StageParameters, gro
     gather = all_gather_seconds(model.cluster, group, recipe.parameter * size)
     scatter = all_gather_seconds(model.cluster, group, recipe.reduced_gradient * size)
     count = layout.microbatches(model.job)
-    forward, backward = sum(times.forward), sum(times.input_gradient) + sum(times.weight_gradient)
+    forward = sum(stage.forward for stage in times.stages)
+    backward = sum(stage.input_gradient + stage.recompute + stage.weight_gradient for stage in times.stages)
+    if not recipe.overlaps_data:
+        return count * (2 * gather + scatter)
     first = (gather + scatter) / max(1, model.shape.layers)
     return first + count * (max(0.0, gather - forward) + max(0.0, gather + scatter - backward))
 
 
 def _exposed(model: Model, times: StageTimes, seconds: float) -> float:
-    """What the last microbatch's backward does not hide: half of it computes while gradients are under way."""
+    """What the computing of the last microbatch's backward does not hide, and the reduction of its last block."""
     if not model.recipe.overlaps_data:
         return seconds
     stages = stages_of_rank(model.layout, 0)
-    backward = sum(times.input_gradient[stage] + times.weight_gradient[stage] for stage in stages)
+    own = [times.stages[stage] for stage in stages]
+    backward = sum(piece.input_gradient + piece.recompute + piece.weight_gradient for piece in own)
     least = seconds / max(1, model.shape.layers // model.layout.pipeline)
     return max(least, seconds - backward)
 

@@ -44,6 +44,10 @@ class Judged:
         return job.tokens * model_flops(self.case.shape, job.sequence) / self.case.layout.ranks / self.observed
 
     @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.case.cluster.memory_bytes
+
+    @property
     def out_of_memory(self) -> bool:
         return re.search(r"\bOOM\b|out of memory", self.case.row.text("notes"), re.IGNORECASE) is not None
 

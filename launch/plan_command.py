@@ -1,0 +1,94 @@
+"""`weft plan CONFIG`: which layout, will it fit, how fast, before anything is launched."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from weft.launch.errors import UserError
+from weft.launch.plan.ask import cluster_of, layout_as_set, settings_with, space_of
+from weft.launch.plan.report import nowhere_text, plan_json, plan_text
+from weft.launch.plan.search import Plan, Planner
+from weft.launch.sections import Settings
+from weft.launch.settings import check_layout, dump_settings, load_settings
+
+
+@click.command(epilog="Example:  weft plan configs/demo.yaml cluster.device=h100-sxm cluster.nodes=2 --top 5")
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Layouts to show.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write the settings with the best layout in them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds.")
+@click.option("--validate", type=click.Path(path_type=Path), help="Judge the planner on a CSV file of published runs.")
+def plan_command(
+    config: str | None,
+    overrides: tuple[str, ...],
+    top: int,
+    write: Path | None,
+    as_json: bool,
+    validate: Path | None,
+) -> None:
+    """Rank the layouts of a job: predicted memory, step time and utilisation, and why the others lose.
+
+    CONFIG is a settings file; each KEY=VALUE replaces one of its settings. The cluster is that of its section cluster,
+    whose device is a name or a YAML file.
+    """
+    if validate is not None:
+        if config is not None or write is not None:
+            raise UserError("--validate takes a CSV file alone; leave out CONFIG and --write.")
+        _validate(validate, as_json)
+        return
+    if config is None:
+        raise UserError("weft plan needs a settings file; for example: weft plan configs/demo.yaml.")
+    _plan(load_settings(config, overrides), top, write, as_json)
+
+
+def _plan(settings: Settings, top: int, write: Path | None, as_json: bool) -> None:
+    cluster = cluster_of(settings)
+    space = space_of(settings, cluster)
+    planner = Planner(space, cluster)
+    plan = planner.search()
+    _check_found(plan)
+    own = layout_as_set(settings, space)
+    as_set = None if own is None else planner.price(own, simulate=True)
+    if as_json:
+        click.echo(json.dumps(plan_json(plan, planner, top, as_set), indent=2))
+    else:
+        click.echo(plan_text(plan, planner, top, as_set))
+    if write is not None:
+        _write(settings_with(settings, plan.fitting[0].layout), plan, write)
+
+
+def _check_found(plan: Plan) -> None:
+    space = plan.space
+    if not plan.considered:
+        raise UserError(
+            f"No layout divides batch.global_size {space.job.global_batch} and the model's {space.shape.heads} heads "
+            f"and {space.shape.layers} layers over {space.devices} devices; choose a batch of a multiple of them, or "
+            "another number of devices."
+        )
+    if not plan.fitting:
+        raise UserError(nowhere_text(plan))
+
+
+def _write(settings: Settings, plan: Plan, path: Path) -> None:
+    try:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(dump_settings(settings), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"--write {path} cannot be written ({error.strerror}); choose another path.") from error
+    click.echo(f"wrote {path}", err=True)
+    try:
+        check_layout(settings, plan.space.devices)
+    except UserError as error:
+        click.echo(f"{click.style('Warning:', fg='yellow')} {error}", err=True)
+
+
+def _validate(path: Path, as_json: bool) -> None:
+    from weft.launch.plan.validation.report import validation_json, validation_text
+    from weft.launch.plan.validation.rows import read_rows
+
+    rows = read_rows(path)
+    click.echo(json.dumps(validation_json(rows), indent=2) if as_json else validation_text(rows))
