@@ -20,6 +20,7 @@ _COMMANDS = {
     "plan": "weft.launch.plan_command:plan_command",
     "verify": "weft.launch.verify_command:verify_command",
     "generate": "weft.launch.generate_command:generate_command",
+    "serve": "weft.launch.serve_command:serve_command",
 }
 
 

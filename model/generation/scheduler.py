@@ -81,6 +81,11 @@ class Scheduler:
                 f"the prompt has {len(request.tokens)} tokens, but a text may have {self.capacity}, new tokens included"
             )
 
+    def cancel_all(self) -> None:
+        """End every text as soon as the plan that it is in is answered."""
+        for text in [*self.waiting, *(text for group in self._groups for text in group.texts if text is not None)]:
+            text.cancelled = True
+
     @property
     def active(self) -> int:
         """Texts in slots."""
@@ -145,8 +150,11 @@ class Scheduler:
             if text is not None and text.cancelled:
                 group.texts[slot] = None
                 text.end("cancelled")
-        while self.waiting and self.waiting[0].cancelled:
-            self.waiting.popleft().end("cancelled")
+        gone = [text for text in self.waiting if text.cancelled]
+        if gone:
+            self.waiting = deque(text for text in self.waiting if not text.cancelled)
+            for text in gone:
+                text.end("cancelled")
 
     def _score(self) -> tuple[Plan, list[Request | None]] | None:
         """A plan for the texts at the head of the queue whose prompts are to be scored."""
