@@ -21,6 +21,7 @@ from weft.model.generation.driver import Session
 from weft.model.generation.request import Request
 from weft.model.generation.sampling import Sampling
 from weft.model.generation.worker import Placement, Worker
+from weft.model.hugging_face import load_pretrained
 from weft.model.split import split_layers
 from weft.parallel import (
     DropoutKey,
@@ -67,9 +68,11 @@ class Engine:
         dtype: of parameters, activations and gradients.
         device: where they lie; the mesh's own device when None. On the meta device nothing is computed: see
             `weft.launch.dry_run`.
+        resumed: a checkpoint will be loaded, so that the weights of `model.pretrained` need not be.
 
     Raises:
-        ValueError: heads, features or layers do not divide over the mesh, or the schedule does not exist.
+        ValueError: heads, features or layers do not divide over the mesh, the schedule does not exist, or the weights
+            of `model.pretrained` are not those of the model.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class Engine:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        resumed: bool = False,
     ) -> None:
         self.config, self.settings, self.mesh = config, settings, mesh
+        self._weights_needed = not resumed
         self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
         self.device = device or torch.device(mesh.device_type)
         self.microbatches = settings.batch.global_size // (settings.batch.micro_size * self.data.size())
@@ -181,10 +186,18 @@ class Engine:
             )
             module.to_empty(device=self.device)
             module.tie()
-            initialize(module, self.settings.train.seed, initial_distribution(self.config))
+            self._fill(module)
             defer_partial_gradients(module)
             stages.append(PipelineStage(module, index, shared=module.tied_parameters))
         return stages
+
+    def _fill(self, module: nn.Module) -> None:
+        """The weights to begin with: those of the directory that `model.pretrained` names, or drawn from the seed."""
+        directory = self.settings.model.get("pretrained")
+        if directory is None or not self._weights_needed or self.device.type == "meta":
+            initialize(module, self.settings.train.seed, initial_distribution(self.config))
+        else:
+            load_pretrained(module, directory, self.config)
 
     def _build_buckets(self, stage: PipelineStage) -> GradientBuckets:
         return GradientBuckets(stage.module.parameters(), self.data, late=stage.shared.values())

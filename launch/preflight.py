@@ -36,6 +36,7 @@ def check_run(settings: Settings, world_size: int) -> None:
     check_directory("checkpoint.directory", settings.checkpoint.directory)
     check_same_run(settings)
     _check_resume(settings)
+    _check_pretrained(settings)
     _check_devices(settings, world_size)
 
 
@@ -118,8 +119,14 @@ def _check_corpus(settings: Settings) -> None:
     from weft.launch.corpus import check_corpus
 
     check_corpus(settings.corpus.path)
-    tokenizer = settings.corpus.tokenizer
-    if tokenizer != "auto" and not Path(tokenizer).is_file():
+    tokenizer, pretrained = settings.corpus.tokenizer, settings.model.get("pretrained")
+    if tokenizer == "auto" and pretrained is not None:
+        raise UserError(
+            f"model.pretrained is {pretrained}, which has no tokenizer.json; set corpus.tokenizer to the one that the "
+            "model was trained with."
+        )
+    file = Path(tokenizer) / "tokenizer.json" if Path(tokenizer).is_dir() else Path(tokenizer)
+    if tokenizer != "auto" and not file.is_file():
         raise UserError(f"corpus.tokenizer is {tokenizer}, but there is no such file; give a tokenizer.json or auto.")
 
 
@@ -127,6 +134,22 @@ def _check_resume(settings: Settings) -> None:
     resume = settings.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"checkpoint.resume is {resume}, but there is no such checkpoint; choose auto, never or one.")
+
+
+def _check_pretrained(settings: Settings) -> None:
+    """Check that the weights of `model.pretrained`, where the run begins with them, are those of its config."""
+    directory = settings.model.get("pretrained")
+    if directory is None:
+        return
+    from weft.launch.checkpoints import checkpoints_to_resume
+    from weft.model.config import model_config
+    from weft.model.hugging_face import check_pretrained
+
+    if not checkpoints_to_resume(settings.checkpoint):
+        try:
+            check_pretrained(directory, model_config(settings.model))
+        except ValueError as error:
+            raise UserError(f"model.pretrained: {error}.") from None
 
 
 def _check_devices(settings: Settings, world_size: int) -> None:

@@ -101,7 +101,10 @@ class CorpusSettings(Section):
     """The text that is learned."""
 
     path: Text = Field(default="builtin", description="builtin, or a file or folder of text or JSONL")
-    tokenizer: Text = Field(default="auto", description="auto trains one on the corpus; or a tokenizer.json")
+    tokenizer: Text = Field(
+        default="auto",
+        description="auto trains one on the corpus, or takes that of model.pretrained; or a tokenizer.json",
+    )
     sequence_length: AtLeastOne = Field(default=256, description="tokens per sequence")
 
 
@@ -143,7 +146,8 @@ class Settings(Section):
 
     name: Text = Field(description="the run's name; the settings file's own when left out")
     model: Annotated[dict[str, Any], Field(min_length=1)] = Field(
-        description="the model by Hugging Face config names, or {config: path of its config.json}"
+        description="the model by Hugging Face config names, {config: path of its config.json}, or "
+        "{pretrained: path of a directory with its config.json and weights}"
     )
     parallel: ParallelSettings = Field(default=ParallelSettings(), description="layout over the ranks")
     batch: BatchSettings = Field(default=BatchSettings(), description="sequences per step and per microbatch")

@@ -29,25 +29,43 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """
     values = {"name": Path(path).stem} | read_yaml_file(Path(path))
     values = apply_overrides(values, overrides, list(known_keys(Settings)))
+    return build_settings(_with_model_from_file(values))
+
+
+def _with_model_from_file(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of the config.json that `model` points at, and with the tokenizer that lies beside it."""
     model = values.get("model")
-    if isinstance(model, dict) and "config" in model:
-        values["model"] = _model_from_file(model)
-    return build_settings(values)
+    if not isinstance(model, dict) or not {"config", "pretrained"} & model.keys():
+        return values
+    if "config" in model:
+        read = _model_from_file("config", model["config"], model["config"])
+        return values | {"model": read | {key: value for key, value in model.items() if key != "config"}}
+    directory = model["pretrained"]
+    if not isinstance(directory, str):
+        raise UserError(f"model.pretrained is {describe(directory)}; give the path of a Hugging Face directory.")
+    file = Path(directory) / "config.json"
+    if "model_type" in model and not file.is_file():
+        return values  # the resolved settings of a run whose directory is gone; a checkpoint has the weights
+    values = values | {"model": _model_from_file("pretrained", directory, file) | model}
+    corpus = values.get("corpus", {})
+    if isinstance(corpus, dict) and (Path(directory) / "tokenizer.json").is_file():
+        values["corpus"] = {"tokenizer": directory} | corpus
+    return values
 
 
-def _model_from_file(model: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that `model.config` points at, with the other keys of `model` in place of its own."""
-    path = model["config"]
+def _model_from_file(key: str, value: Any, path: Any) -> dict[str, Any]:
+    """The keys of the config.json at `path`, which `model.KEY` points at with `value`."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no path"
-        raise UserError(f"model.config is {describe(path)}, which cannot be read: {reason}.") from None
+        missing = f"but {path} cannot be read" if key == "pretrained" else "which cannot be read"
+        raise UserError(f"model.{key} is {describe(value)}, {missing}: {reason}.") from None
     except ValueError:
-        raise UserError(f"model.config is {path}, which is not JSON; give a Hugging Face config.json.") from None
+        raise UserError(f"model.{key} is {value}, which is not JSON; give a Hugging Face config.json.") from None
     if not isinstance(config, dict):
-        raise UserError(f"model.config is {path}, which holds no keys; give a Hugging Face config.json.")
-    return config | {key: value for key, value in model.items() if key != "config"}
+        raise UserError(f"model.{key} is {value}, which holds no keys; give a Hugging Face config.json.")
+    return config
 
 
 def build_settings(values: dict[str, Any]) -> Settings:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from weft.launch.checkpoints import Checkpoints
+from weft.launch.checkpoints import Checkpoints, checkpoints_to_resume
 from weft.launch.engine import Engine
 from weft.launch.errors import UserError, show
 from weft.launch.metrics import MetricsWriter, StepMetrics
@@ -77,7 +77,7 @@ def _build_mesh(settings: Settings) -> DeviceMesh:
 
 def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
     tokens = _prepare(settings)
-    engine = Engine(model_config(settings.model), settings, mesh)
+    engine = _build_engine(settings, mesh)
     checkpoints = Checkpoints(settings.checkpoint, EngineState(engine))
     trainer = Trainer(settings, engine, tokens, checkpoints, stop)
     resumed = trainer.resume()
@@ -100,6 +100,14 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
             watch.progress.say(f"stopped after {settings.train.stop_after}, saved; the same command goes on")
     if not trainer.stopped:
         conclude(trainer)
+
+
+def _build_engine(settings: Settings, mesh: DeviceMesh) -> Engine:
+    resumed = bool(checkpoints_to_resume(settings.checkpoint))
+    try:
+        return Engine(model_config(settings.model), settings, mesh, resumed=resumed)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
 
 
 def _prepare(settings: Settings) -> TokenisedCorpus:

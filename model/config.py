@@ -1,20 +1,32 @@
 """A model as numbers: Hugging Face's config names read into one description that all families share.
 
-A family is a row of `FAMILIES`: what its config leaves unsaid. What one block has that another lacks (norm kind,
-biases, gating, learned positions) is a number here, not a class.
+What one block has that another lacks (norm kind and place, biases, gating, positions) is a number here, not a class;
+`weft.model.families` says what the configs of each family leave unsaid.
 """
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from weft.model.families import FAMILIES, Family
+from weft.model.rotary_config import Rotary, read_rotary
 from weft.parallel.tensor.divide import check_features, check_heads
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer."""
+    """A Transformer.
+
+    Attributes:
+        norm_offset: what is added to the stored weights of the norms.
+        norm_before: attention and MLP take the normed residual stream.
+        norm_after: "branch" norms what attention and MLP return, "sum" the residual stream after it was added.
+        local_rotary: the rotary positions of the layers with a window; None: the same as of the others.
+        sliding_window: how many positions the `sliding_layers` attend to, their own among them.
+        attention_scale: of the scores; None: `1 / sqrt(head_dim)`.
+        parallel_residual: attention and MLP both take the block's input.
+    """
 
     model_type: str
     vocab_size: int
@@ -27,10 +39,20 @@ class ModelConfig:
     max_position_embeddings: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norm_offset: float = 0.0
+    norm_before: bool = True
+    norm_after: Literal["none", "branch", "sum"] = "none"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
     gated: bool = True
     positions: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = 10000.0
+    rotary: Rotary = field(default_factory=Rotary)
+    local_rotary: Rotary | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    attention_scale: float | None = None
+    parallel_residual: bool = False
+    scaled_embedding: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -48,10 +70,15 @@ class ModelConfig:
             attention += self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
         if self.output_bias:
             attention += self.hidden_size
+        if self.qk_norm == "head":
+            attention += 2 * self.head_dim
+        if self.qk_norm == "projection":
+            attention += self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         if self.mlp_bias:
             mlp += self.hidden_size + (2 if self.gated else 1) * self.intermediate_size
-        return attention + mlp + 2 * self.norm_parameters
+        norms = 2 * self.norm_before + 2 * (self.norm_after != "none")
+        return attention + mlp + norms * self.norm_parameters
 
     @property
     def norm_parameters(self) -> int:
@@ -64,105 +91,48 @@ class ModelConfig:
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return tables + positions + self.num_hidden_layers * self.layer_parameters + self.norm_parameters
 
+    def window(self, layer: int) -> int | None:
+        """How many positions that layer attends to; None: all."""
+        return self.sliding_window if layer in self.sliding_layers else None
 
-# Names of this page, by the name that Hugging Face gives them. GPT-2 has names of its own.
-_LLAMA_NAMES = {
-    name: name
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rope_theta",
-        "tie_word_embeddings",
-        "initializer_range",
-        "attention_dropout",
-        "mlp_bias",
-    )
-} | {"rms_norm_eps": "norm_eps", "hidden_act": "activation"}
-_GPT2_NAMES = {
-    "vocab_size": "vocab_size",
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "max_position_embeddings": "max_position_embeddings",
-    "layer_norm_epsilon": "norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "initializer_range": "initializer_range",
-    "activation_function": "activation",
-    "embd_pdrop": "embedding_dropout",
-    "attn_pdrop": "attention_dropout",
-    "resid_pdrop": "residual_dropout",
-}
-_GPT2_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 1024,
-    "norm": "layer",
-    "norm_eps": 1e-5,
-    "activation": "gelu_new",
-    "gated": False,
-    "positions": "learned",
-    "qkv_bias": True,
-    "output_bias": True,
-    "mlp_bias": True,
-    "tie_word_embeddings": True,
-    "embedding_dropout": 0.1,
-    "attention_dropout": 0.1,
-    "residual_dropout": 0.1,
-}
+    def rotary_of(self, layer: int) -> Rotary | None:
+        """The rotary positions of that layer; None: it has none."""
+        if self.positions != "rotary":
+            return None
+        return self.local_rotary if self.local_rotary and layer in self.sliding_layers else self.rotary
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a model type's config is read: its key names, and what holds where a key is absent."""
-
-    names: Mapping[str, str]
-    defaults: Mapping[str, Any]
-
-
-FAMILIES = {
-    "llama": Family(_LLAMA_NAMES | {"attention_bias": "attention_bias"}, {"max_position_embeddings": 2048}),
-    "mistral": Family(_LLAMA_NAMES, {"max_position_embeddings": 131072, "num_key_value_heads": 8}),
-    "qwen2": Family(_LLAMA_NAMES, {"max_position_embeddings": 32768, "qkv_bias": True}),
-    "gpt2": Family(_GPT2_NAMES, _GPT2_DEFAULTS),
-}
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
+    "relu": "relu",
 }
-# Keys of a Hugging Face config.json that say nothing about the computation
+# Keys of a Hugging Face config.json that say nothing about the computation; `pretrained` is weft's own
 _IGNORED = {
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version",
     "use_cache", "task_specific_params", "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "pretraining_tp", "_name_or_path", "max_window_layers",
+    "summary_proj_to_labels", "summary_first_dropout", "pretraining_tp", "_name_or_path", "pretrained", "auto_map",
+    "id2label", "label2id", "problem_type", "tokenizer_class", "output_attentions", "output_hidden_states",
+    "return_dict", "use_return_dict", "torchscript", "finetuning_task", "_from_model_config",
+    "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "cache_implementation",
+    "unsloth_version", "unsloth_fixed",
+    "chunk_size_feed_forward", "prefix", "forced_eos_token_id", "forced_bos_token_id",
 }  # fmt: skip
 # Keys that change the computation in a way not covered, with the values that leave it as it is
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "rope_scaling": (None,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantization_config": (None,)}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ROTARY_KEYS = {
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
+    "original_max_position_embeddings", "rope_local_base_freq",
+}  # fmt: skip
+_WINDOW_KEYS = {
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern",
+    "_sliding_window_pattern",
+}  # fmt: skip
 
 
 def model_config(settings: Mapping[str, Any]) -> ModelConfig:
@@ -173,33 +143,99 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     """
     model_type = settings.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"model.model_type is {model_type!r}; known are {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model.model_type is {model_type!r}; known are {', '.join(sorted(FAMILIES))}; weft.parallel.parallelize() "
+            "splits models of other types in a script of your own"
+        )
     family = FAMILIES[model_type]
     values = dict(family.defaults)
     for key, value in settings.items():
-        name = _own_name(key, value, family)
-        if name is not None and value is not None:
-            values[name] = value
-    if values.pop("attention_bias", False):
-        values |= {"qkv_bias": True, "output_bias": True}
+        names = _own_names(key, value, family)
+        if value is not None:
+            values |= dict.fromkeys(names, value)
     _derive(values)
+    _add_positions(values, settings, family)
+    _add_windows(values, settings, family)
     return _checked(model_type, values)
 
 
-def _own_name(key: str, value: Any, family: Family) -> str | None:
+def _own_names(key: str, value: Any, family: Family) -> list[str]:
     if key in family.names:
-        return family.names[key]
-    if key == "model_type" or key in _IGNORED:
-        return None
-    if key in _NEUTRAL:
-        if value in _NEUTRAL[key]:
-            return None
+        return family.names[key].split()
+    if key == "model_type" or key in _IGNORED or key in family.ignored:
+        return []
+    if key in _ROTARY_KEYS and family.defaults.get("positions") is None:
+        return []
+    if key in _WINDOW_KEYS and (family.windows is not None or not value):
+        return []
+    neutral = {**_NEUTRAL, **family.neutral}
+    if key in neutral:
+        if value in neutral[key]:
+            return []
         raise ValueError(
-            f"model.{key} is {value!r}, which is not supported; leave it out or set it to {_NEUTRAL[key][0]}"
+            f"model.{key} is {value!r}, which is not supported; leave it out or set it to {neutral[key][0]}"
         )
-    near = difflib.get_close_matches(key, [*family.names, *_IGNORED], 1)
+    near = difflib.get_close_matches(key, [*family.names, *_IGNORED, *_ROTARY_KEYS], 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(family.names))}"
     raise ValueError(f"model.{key} is not a known key; {hint}")
+
+
+def _add_positions(values: dict[str, Any], settings: Mapping[str, Any], family: Family) -> None:
+    """The rotary positions, from whichever of the keys that were in use over the years the config has."""
+    theta = values.pop("rope_theta", 10000.0)
+    if values.get("positions", "rotary") != "rotary":
+        return
+    key = next((name for name in ("rope_parameters", "rope_scaling") if settings.get(name)), "rope_theta")
+    given = settings[key] if key != "rope_theta" else {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"model.{key} is {given!r}; give it a mapping with the keys rope_type and rope_theta")
+    flat = {
+        "rope_theta": _first(settings, "rope_theta", "rotary_emb_base"),
+        "partial_rotary_factor": _first(settings, "partial_rotary_factor", "rotary_pct"),
+        "original_max_position_embeddings": settings.get("original_max_position_embeddings"),
+    }
+    fallback = {"theta": theta, "fraction": family.rotary_fraction}
+    positions = values["max_position_embeddings"]
+    full = given.get("full_attention", given)
+    values["rotary"] = read_rotary(key, flat | _stated(full), positions, **fallback)
+    if family.local_theta is not None:
+        local = given.get("sliding_attention", {})
+        base = settings.get("rope_local_base_freq") or family.local_theta
+        values["local_rotary"] = read_rotary(key, _stated(local), positions, **fallback | {"theta": base})
+
+
+def _first(settings: Mapping[str, Any], *keys: str) -> Any:
+    return next((settings[key] for key in keys if settings.get(key) is not None), None)
+
+
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _add_windows(values: dict[str, Any], settings: Mapping[str, Any], family: Family) -> None:
+    """The window and the layers that have it."""
+    windows = family.windows
+    if windows is None:
+        return
+    window = settings.get("sliding_window", windows.default)
+    if window is None or (windows.switched and not settings.get("use_sliding_window")):
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"model.sliding_window is {window!r}; give it a whole number of at least 1, or null")
+    layers, types = range(values["num_hidden_layers"]), settings.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != len(layers) or set(types) - _LAYER_TYPES:
+            raise ValueError(
+                f"model.layer_types is {types!r}; give one of {' and '.join(sorted(_LAYER_TYPES))} for each of the "
+                f"{len(layers)} layers"
+            )
+        chosen = [layer for layer in layers if types[layer] == "sliding_attention"]
+    elif windows.pattern:
+        pattern = _first(settings, "sliding_window_pattern", "_sliding_window_pattern") or windows.pattern
+        chosen = [layer for layer in layers if (layer + 1) % pattern]
+    else:
+        chosen = list(layers[settings.get("max_window_layers", 28) if windows.switched else 0 :])
+    values |= {"sliding_window": window, "sliding_layers": tuple(chosen)}
 
 
 def _derive(values: dict[str, Any]) -> None:
@@ -225,28 +261,31 @@ def _derive(values: dict[str, Any]) -> None:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"the model's activation is {activation!r}; choose one of {', '.join(sorted(_ACTIVATIONS))}")
     values["activation"] = _ACTIVATIONS[activation]
+    if "query_scalar" in values:
+        values["attention_scale"] = values.pop("query_scalar") ** -0.5
 
 
 def _checked(model_type: str, values: dict[str, Any]) -> ModelConfig:
-    for field in fields(ModelConfig):
-        if field.name not in values or field.type is str:
+    for known in fields(ModelConfig):
+        name, kind = known.name, known.type
+        if name not in values or kind is str:
             continue
-        value = values[field.name]
-        if field.type is bool and not isinstance(value, bool):
-            raise ValueError(f"model.{field.name} is {value!r}; choose true or false")
-        if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"model.{field.name} is {value!r}; give it a whole number of at least 1")
-        if field.type is float and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise ValueError(f"model.{field.name} is {value!r}; give it a number of at least 0")
-        if field.name.endswith("dropout") and value >= 1:
-            raise ValueError(f"model.{field.name} is {value!r}; choose a number from 0 up to, not including, 1")
+        value = values[name]
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"model.{name} is {value!r}; choose true or false")
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"model.{name} is {value!r}; give it a whole number of at least 1")
+        if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise ValueError(f"model.{name} is {value!r}; give it a number of at least 0")
+        if name.endswith("dropout") and value >= 1:
+            raise ValueError(f"model.{name} is {value!r}; choose a number from 0 up to, not including, 1")
     config = ModelConfig(model_type=model_type, **values)
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"model: {config.num_attention_heads} attention heads do not divide over "
             f"{config.num_key_value_heads} key-value heads; change one of them"
         )
-    if config.positions == "rotary" and config.head_dim % 2:
+    if config.positions == "rotary" and (config.rotary.rotated(config.head_dim) % 2 or config.head_dim % 2):
         raise ValueError(f"model.head_dim is {config.head_dim}; rotary positions need an even number")
     return config
 

@@ -32,7 +32,7 @@ from weft.parallel.random import Constant, Distribution, Normal
 from weft.parallel.tensor.cache import CachedLayer, CachedTokens
 from weft.parallel.tensor.matmul import column_matmul
 
-Rotary = tuple[Tensor, Tensor]
+RotaryTable = tuple[Tensor, Tensor]
 Recompute = Literal["none", "selective", "full"]
 TIED = "embed_tokens.weight"  # the name common to embedding and head where they share their weight
 
@@ -71,16 +71,25 @@ class MLP(nn.Module):
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "silu":
             return F.silu(x)
+        if self.activation == "relu":
+            return F.relu(x)
         return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """Transformer block: attention, then an MLP, each a branch whose result is added to the residual stream.
+
+    `x + attention(norm(x))` with `norm_before`, `x + norm(attention(x))` with `norm_after` "branch", both norms with
+    both, `norm(x + attention(x))` with `norm_after` "sum". The MLP does so with what attention leaves or, where the
+    residual is parallel, with the same x: `x + attention(norm(x)) + mlp(norm(x))`.
+    """
 
     def __init__(self, config: ModelConfig, number: int, *, recompute_core: bool = False, **options: Any) -> None:
         super().__init__()
         place = f"layers.{number}"
-        self.input_layernorm = make_norm(config, **options)
+        self.rotary, self.parallel = config.rotary_of(number), config.parallel_residual
+        self.norms_sum = config.norm_after == "sum"
+        self.input_layernorm = make_norm(config, **options) if config.norm_before else nn.Identity()
         self.self_attn = ParallelSelfAttention(
             config.hidden_size,
             config.num_attention_heads,
@@ -90,11 +99,19 @@ class Block(nn.Module):
             output_bias=config.output_bias,
             dropout=config.attention_dropout,
             place=f"{place}.self_attn",
+            scale=config.attention_scale,
+            window=config.window(number),
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
             recompute_core=recompute_core,
             **options,
         )
-        self.post_attention_layernorm = make_norm(config, **options)
+        self.post_attention_layernorm = make_norm(config, **options) if config.norm_before else nn.Identity()
         self.mlp = MLP(config, **options)
+        after = config.norm_after != "none"
+        self.attention_output_norm = make_norm(config, **options) if after else nn.Identity()
+        self.mlp_output_norm = make_norm(config, **options) if after else nn.Identity()
         self.attention_dropout = ResidualDropout(config, f"{place}.attention_residual", **options)
         self.mlp_dropout = ResidualDropout(config, f"{place}.mlp_residual", **options)
 
@@ -102,14 +119,19 @@ class Block(nn.Module):
         self,
         x: Tensor,
         *,
-        rotary: Rotary | None,
+        rotary: RotaryTable | None,
         dropout_key: DropoutKey | None = None,
         cache: CachedLayer | None = None,
     ) -> Tensor:
         """x and result: `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]`)."""
         attended = self.self_attn(self.input_layernorm(x), rotary=rotary, dropout_key=dropout_key, cache=cache)
-        x = x + self.attention_dropout(attended, dropout_key)
-        result: Tensor = x + self.mlp_dropout(self.mlp(self.post_attention_layernorm(x)), dropout_key)
+        attended = self.attention_dropout(attended, dropout_key)
+        y = self._add(x, attended, self.attention_output_norm)
+        fed = self.mlp(self.post_attention_layernorm(x if self.parallel else y))
+        return self._add(y, self.mlp_dropout(fed, dropout_key), self.mlp_output_norm)
+
+    def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
+        result: Tensor = norm(x + branch) if self.norms_sum else x + norm(branch)
         return result
 
 
@@ -210,8 +232,9 @@ class DecoderStage(nn.Module):
         """
         if self.first:
             x = self._embed(x, dropout_key, cache)
-        rotary = self._rotary(x, cache)
+        tables = self._rotary_tables(x, cache)
         for name, block in self.layers.items():
+            rotary = tables.get(block.rotary)
             if self.recompute == "full" and torch.is_grad_enabled():
                 x = recomputed(block, x, rotary=rotary, dropout_key=dropout_key)
             else:
@@ -226,6 +249,8 @@ class DecoderStage(nn.Module):
 
     def _embed(self, tokens: Tensor, key: DropoutKey | None, cache: CachedTokens | None) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
+        if self.config.scaled_embedding:
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
         if self.config.positions == "learned":
             places = self.embed_positions.weight[: tokens.shape[1]]
             x = x + (places if cache is None else self.embed_positions(cache.positions))
@@ -234,15 +259,16 @@ class DecoderStage(nn.Module):
         result: Tensor = self.embed_dropout(x, key)
         return result
 
-    def _rotary(self, x: Tensor, cache: CachedTokens | None) -> Rotary | None:
-        if self.config.positions != "rotary" or not self.layers:
-            return None
+    def _rotary_tables(self, x: Tensor, cache: CachedTokens | None) -> dict[Any, RotaryTable]:
+        """The tables of this stage's layers, by their rotary positions."""
         if cache is not None:
             positions = cache.positions.unsqueeze(1)  # [rows, 1, queries], for all heads
         else:
             length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
             positions = torch.arange(length, device=x.device)
-        return rotary_table(positions, self.config.head_dim, self.config.rope_theta, dtype=x.dtype)
+        rotaries = (self.config.rotary_of(int(number)) for number in self.layers)
+        kinds = {rotary for rotary in rotaries if rotary is not None}
+        return {kind: rotary_table(positions, self.config.head_dim, kind, dtype=x.dtype) for kind in kinds}
 
 
 def without_sequence_parallelism(stage: DecoderStage) -> DecoderStage:
@@ -258,8 +284,9 @@ def without_sequence_parallelism(stage: DecoderStage) -> DecoderStage:
 
 def make_norm(config: ModelConfig, **options: Any) -> nn.Module:
     """The norm that the config asks for."""
-    kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(config.hidden_size, config.norm_eps, **options)
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.norm_eps, **options)
+    return RMSNorm(config.hidden_size, config.norm_eps, offset=config.norm_offset, **options)
 
 
 def initial_distribution(config: ModelConfig) -> Any:
@@ -270,7 +297,7 @@ def initial_distribution(config: ModelConfig) -> Any:
 
     def rule(name: str, owner: nn.Module, full_shape: tuple[int, ...]) -> Distribution:
         if len(full_shape) == 1:
-            return Constant(1.0 if name.endswith("norm.weight") else 0.0)
+            return Constant(1.0 - config.norm_offset if name.endswith("norm.weight") else 0.0)
         ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
         return Normal(config.initializer_range / (sqrt(2 * config.num_hidden_layers) if ends_branch else 1.0))
 

@@ -1,6 +1,6 @@
 """Self-attention with its heads split over ranks (Shoeybi et al. 2019, §3)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,22 @@ from weft.parallel.tensor.divide import check_heads
 from weft.parallel.tensor.dropout import Dropout, DropoutKey
 from weft.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from weft.parallel.tensor.matmul import column_matmul
+from weft.parallel.tensor.norm import RMSNorm, SplitRMSNorm
+
+QueryKeyNorm = Literal["none", "head", "projection"]
 
 
 class ParallelSelfAttention(nn.Module):
     """Multi-head or grouped-query self-attention: each rank of `mesh` computes `num_heads / tensor` heads.
 
-    `o_proj(softmax(q kᵀ / sqrt(head_dim)) v)` with q, k, v from column-parallel projections that share one input
-    reduction, and a row-parallel output projection.
+    `o_proj(softmax(q kᵀ · scale) v)` with q, k, v from column-parallel projections that share one input reduction, and
+    a row-parallel output projection; `scale` is `1 / sqrt(head_dim)` unless given.
 
     Key-value heads fewer than ranks are replicated on neighbouring ranks; their gradients are summed.
+
+    `window`: a position attends to itself and the `window - 1` before it (Beltagy et al. 2020).
+    `qk_norm`: "head" normalises each head of q and k, "projection" all heads together, by root mean square (Dehghani et
+    al. 2023); the latter costs one small all-reduce for q and one for k.
 
     Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` with `sequence_parallel`).
     Communication: forward one all-reduce (one all-gather, one reduce-scatter), backward one all-reduce (two
@@ -45,6 +52,11 @@ class ParallelSelfAttention(nn.Module):
         place: str = "attention",
         sequence_parallel: bool = False,
         is_causal: bool = True,
+        scale: float | None = None,
+        window: int | None = None,
+        qk_norm: QueryKeyNorm = "none",
+        norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
         recompute_core: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -54,7 +66,8 @@ class ParallelSelfAttention(nn.Module):
         head_dim = head_dim or hidden_size // num_heads
         check_heads(num_heads, num_kv_heads, mesh.size())
         replicas = max(1, mesh.size() // num_kv_heads)
-        self.mesh, self.head_dim, self.is_causal = mesh, head_dim, is_causal
+        self.mesh, self.head_dim, self.is_causal, self.window = mesh, head_dim, is_causal, window
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.num_heads, self.local_heads = num_heads, num_heads // mesh.size()
         self.num_kv_heads, self.local_kv_heads = num_kv_heads, num_kv_heads * replicas // mesh.size()
         self.sequence_parallel, self.recompute_core = sequence_parallel, recompute_core
@@ -71,6 +84,20 @@ class ParallelSelfAttention(nn.Module):
         output_bias = bias if output_bias is None else output_bias
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, output_bias, **options)
         self.dropout = Dropout(dropout, f"{place}.dropout")
+        self.qk_norm = qk_norm
+        if qk_norm != "none":
+            norm = {"eps": norm_eps, "offset": norm_offset, "mesh": mesh, "device": device, "dtype": dtype}
+            self._add_norms(norm, replicas)
+
+    def _add_norms(self, options: dict[str, Any], replicas: int) -> None:
+        if self.qk_norm == "head":
+            # every rank normalises heads of its own with the same weight, as it would positions of its own
+            options |= {"sequence_parallel": self.mesh.size() > 1}
+            self.q_norm: nn.Module = RMSNorm(self.head_dim, **options)
+            self.k_norm: nn.Module = RMSNorm(self.head_dim, **options)
+        else:
+            self.q_norm = SplitRMSNorm(self.num_heads * self.head_dim, **options)
+            self.k_norm = SplitRMSNorm(self.num_kv_heads * self.head_dim, replicas=replicas, **options)
 
     def forward(
         self,
@@ -83,16 +110,17 @@ class ParallelSelfAttention(nn.Module):
     ) -> Tensor:
         """Attend within x and, with a cache, to the tokens before it.
 
-        `rotary`: cosines and sines, each `[sequence, head_dim]` or, where rows differ in their positions, `[batch, 1,
-        sequence, head_dim]`. `mask`: added to the scores or boolean (True: attend), broadcast to `[batch, heads /
-        tensor, sequence, sequence]`; it replaces the causal mask. With a `cache`, its mask holds instead.
+        `rotary`: cosines and sines of the first `rotated` dims of a head, each `[sequence, rotated]` or, where rows
+        differ in their positions, `[batch, 1, sequence, rotated]`. `mask`: added to the scores or boolean (True:
+        attend), broadcast to `[batch, heads / tensor, sequence, sequence]`; it replaces the causal mask and the window.
+        With a `cache`, its mask holds instead.
         """
         q, k, v = self._project(x)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
-            mask = cache.tokens.mask
+            mask = cache.tokens.mask_within(self.window)
         if self.recompute_core and torch.is_grad_enabled():
             heads = recomputed(self._attend, q, k, v, mask, dropout_key)
         else:
@@ -111,14 +139,29 @@ class ParallelSelfAttention(nn.Module):
             sequence_parallel=self.sequence_parallel,
             queue=self.q_proj.weight_gradient_queue,
         )
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
+        return self._into_heads(*projected)
+
+    def _into_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_key: DropoutKey | None) -> Tensor:
+        if mask is None and self.window is not None and self.window < k.shape[2]:
+            mask = window_mask(k.shape[2], self.window, causal=self.is_causal, device=q.device)
         if self.training and self.dropout.p:
             return self._attend_with_dropout(q, k, v, mask, dropout_key)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.is_causal and mask is None, enable_gqa=k.shape[1] != q.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=self.is_causal and mask is None,
+            scale=self.scale,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
 
     def _attend_with_dropout(
@@ -127,7 +170,7 @@ class ParallelSelfAttention(nn.Module):
         """Attention with its probabilities dropped by place, which torch's fused attention cannot do."""
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5  # [batch, heads / tensor, sequence, sequence]
+        scores = q @ k.transpose(-1, -2) * self.scale  # [batch, heads / tensor, sequence, sequence]
         if mask is None and self.is_causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
@@ -146,8 +189,17 @@ class ParallelSelfAttention(nn.Module):
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) with the halves of the head paired, as Hugging Face stores them.
 
-    Shapes: x `[batch, heads, sequence, head_dim]`, cosines and sines `[sequence, head_dim]` or `[batch, 1, sequence,
-    head_dim]`.
+    Shapes: x `[batch, heads, sequence, head_dim]`, cosines and sines `[sequence, rotated]` or `[batch, 1, sequence,
+    rotated]`: the first `rotated` dims of a head are rotated.
     """
+    rotated = cosines.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotated], cosines, sines), x[..., rotated:]), -1)
     first, second = x.chunk(2, -1)
     return x * cosines + torch.cat((-second, first), -1) * sines
+
+
+def window_mask(length: int, window: int, *, causal: bool, device: torch.device) -> Tensor:
+    """Boolean `[length, length]`: whether the position of the row attends to that of the column."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
+    return mask.tril(0 if causal else window - 1)

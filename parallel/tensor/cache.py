@@ -74,6 +74,13 @@ class CachedTokens:
     entries: Tensor
     mask: Tensor | None
 
+    def mask_within(self, window: int | None) -> Tensor | None:
+        """The mask of a layer whose tokens look at themselves and the `window - 1` before them; None: at all before."""
+        if self.mask is None or window is None or window >= self.length:
+            return self.mask
+        visible = torch.arange(self.length, device=self.positions.device)
+        return self.mask & (visible > self.positions[:, None, :, None] - window)
+
     def layer(self, name: str) -> "CachedLayer":
         return CachedLayer(self, self.cache.keys[name], self.cache.values[name])
 

@@ -31,7 +31,7 @@ def load_shards(module: nn.Module, directory: str | Path, *, device: torch.devic
             device is not in the files and the module cannot compute it.
     """
     with ExitStack() as stack:
-        files = _Files(Path(directory), stack)
+        files = TensorFiles(Path(directory), stack)
         _fill_buffers(module, files, device)
         names = _names(module)
         for first, parameter, sharding in list(sharded_parameters(module)):
@@ -47,8 +47,12 @@ def load_shards(module: nn.Module, directory: str | Path, *, device: torch.devic
                 _replace(module, names[id(parameter)], nn.Parameter(target, parameter.requires_grad))
 
 
-class _Files:
-    """The tensors of a directory by name; files are opened when first needed."""
+class TensorFiles:
+    """The tensors of a directory by name; files are memory-mapped when first needed, until `stack` closes.
+
+    Raises:
+        ValueError: there are no readable safetensors files; names the directory and what to do.
+    """
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory = directory
@@ -67,12 +71,23 @@ class _Files:
     def holds(self, name: str) -> bool:
         return name in self._file_of
 
+    def open_all(self) -> None:
+        """Find out at once whether every file is there and is one."""
+        for file in set(self._file_of.values()):
+            self._file(file)
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._file_of)
+
     def _read_index(self) -> dict[str, str]:
         if (self.directory / SINGLE).is_file():
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         try:
             weights: dict[str, str] = json.loads((self.directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (OSError, ValueError, KeyError):
+            if any(self.directory.glob("pytorch_model*.bin")):
+                raise ValueError(_pickled(self.directory)) from None
             raise ValueError(
                 f"{self.directory} has neither a {SINGLE} nor a readable {INDEX}; choose a folder that has"
             ) from None
@@ -85,6 +100,14 @@ class _Files:
             except Exception as error:  # safetensors has an exception type of its own for damaged files
                 raise ValueError(f"{self.directory / name} cannot be read ({error}); get it again") from None
         return self._open[name]
+
+
+def _pickled(directory: Path) -> str:
+    return (
+        f"{directory} has its weights in pickled .bin files, which can run code when they are read; write them as "
+        f'safetensors with: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}', weights_only=True).save_pretrained('{directory}-safetensors')\""
+    )
 
 
 def _names(module: nn.Module) -> dict[int, list[str]]:
@@ -111,7 +134,7 @@ def _replace(module: nn.Module, names: list[str], parameter: nn.Parameter) -> No
         module.get_submodule(owner)._parameters[leaf] = parameter
 
 
-def _fill_buffers(module: nn.Module, files: _Files, device: torch.device | str) -> None:
+def _fill_buffers(module: nn.Module, files: TensorFiles, device: torch.device | str) -> None:
     """Buffers on the meta device from the files, or computed as their Hugging Face model computes them."""
     for prefix, owner in module.named_modules():
         computed = []

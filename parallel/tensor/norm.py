@@ -5,19 +5,24 @@ The weight is replicated, its gradient a sum over the ranks' parts of the sequen
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
-from weft.parallel.sharding import replicated
+from weft.parallel.collectives import all_reduce, copy
+from weft.parallel.sharding import Sharding, replicated
 from weft.parallel.tensor.partial import ShardedModule
 
 
 class RMSNorm(ShardedModule, nn.RMSNorm):
-    """`x / sqrt(mean(x²) + eps) · weight` over the last dim (Zhang and Sennrich 2019).
+    """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last dim (Zhang and Sennrich 2019).
 
     Shape: x `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` with `sequence_parallel`), result alike.
     Communication: none; with `sequence_parallel` the weight's gradient is summed over `mesh`.
+
+    `offset`: 1 where the weights are stored as their distance from 1, as Gemma's are.
     """
 
     def __init__(
@@ -27,13 +32,22 @@ class RMSNorm(ShardedModule, nn.RMSNorm):
         *,
         mesh: DeviceMesh,
         sequence_parallel: bool = False,
+        offset: float = 0.0,
         **factory: Any,
     ) -> None:
         super().__init__(hidden_size, eps, **factory)
+        self.offset = offset
         self.shardings = {"weight": replicated(mesh, (hidden_size,), partial_gradient=sequence_parallel)}
+        if offset and not self.weight.is_meta:
+            nn.init.constant_(self.weight, 1.0 - offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.used("weight"), self.eps)
+        weight = self.used("weight")
+        if not self.offset:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        # in half precision the weight's distance from 1 would be rounded before it is used
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight.to(wide) + self.offset, self.eps).to(x.dtype)
 
 
 class LayerNorm(ShardedModule, nn.LayerNorm):
@@ -51,3 +65,33 @@ class LayerNorm(ShardedModule, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.used("weight"), self.used("bias"), self.eps)
+
+
+class SplitRMSNorm(ShardedModule):
+    """`x / sqrt(mean(x²) + eps) · weight` over features that are split over the ranks of `mesh`.
+
+    Shapes: x `[batch, sequence, features / tensor]`, result alike. `replicas` neighbouring ranks hold the same
+    features; the gradient of their weight is summed over them.
+    Communication: forward and backward one all-reduce of `[batch, sequence, 1]`.
+    """
+
+    def __init__(
+        self, features: int, eps: float, *, mesh: DeviceMesh, replicas: int = 1, offset: float = 0.0, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.features, self.eps, self.mesh, self.replicas, self.offset = features, eps, mesh, replicas, offset
+        sharding = Sharding(Shard(0), mesh, (features,), replicas=replicas, partial_gradient=replicas > 1)
+        self.shardings = {"weight": sharding}
+        self.weight = nn.Parameter(torch.full(sharding.local_shape, 1.0 - offset, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True) / (self.features * self.replicas)
+        # each rank's features depend on the sum, so that the ranks' gradients of it are summed in turn
+        mean = copy(all_reduce(squares, self.mesh), self.mesh)
+        normed = (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
+        result: Tensor = normed * (self.used("weight") + self.offset)
+        return result
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, local features={self.weight.shape[0]}"

@@ -30,6 +30,15 @@ GPT2 = {
     "n_head": 4,
     "n_positions": CAPACITY,
 }
+GEMMA3 = {
+    **LLAMA,
+    "model_type": "gemma3_text",
+    "head_dim": 8,
+    "sliding_window": 6,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 8,
+}
+OLMO2 = {**LLAMA, "model_type": "olmo2"}
 
 
 def sequences() -> list[Tensor]:
@@ -84,6 +93,6 @@ def pieces_against_whole(stage: Any, cache: KeyValueCache, mesh: Any, prompt: in
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("settings", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("settings", [LLAMA, GPT2, GEMMA3, OLMO2], ids=["llama", "gpt2", "gemma3", "olmo2"])
 def test_logits_with_a_cache_are_those_without(pool: Pool, settings: dict[str, Any], tensor: int) -> None:
     assert max(pool.run(tensor, largest_difference, settings, tensor)) < 1e-12

@@ -1,0 +1,210 @@
+"""The model families: how a config's keys are named, what holds where one is absent, and where its weights are stored.
+
+A family is data. What one block has that another lacks (kind and place of norms, biases, gating, windows, rotary
+positions) is a number of `ModelConfig`; here stands what a Hugging Face config leaves unsaid. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.model.weight_names import GEMMA3, GPT2, GPT_NEOX, LLAMA, OLMO2, PHI3, Stored
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which layers attend to a window only.
+
+    Attributes:
+        default: the window where the config names none; None: no window.
+        switched: the window holds only where `use_sliding_window` says so, from layer `max_window_layers` on.
+        pattern: every layer has one, but each `pattern`-th; 0: all have.
+    """
+
+    default: int | None = None
+    switched: bool = False
+    pattern: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the configs of a model type are read, and how its files name the weights.
+
+    Attributes:
+        names: own names, by Hugging Face's; several own names of one key are separated by spaces.
+        defaults: what holds where a key is absent.
+        weights: where the weights of each module are stored, by the module's own name.
+        rotary_fraction, local_theta: rotated share of a head, and the base in layers with a window (None: the same).
+        neutral: keys that change the computation in a way not covered, with the values that leave it as it is.
+        ignored: keys of this family that say nothing about the computation.
+    """
+
+    names: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    weights: Mapping[str, Stored]
+    windows: Windows | None = None
+    rotary_fraction: float = 1.0
+    local_theta: float | None = None
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+
+
+_COMMON_NAMES = {
+    name: name
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "initializer_range",
+        "attention_dropout",
+    )
+}
+_LLAMA_NAMES = _COMMON_NAMES | {
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+    "hidden_act": "activation",
+}
+_BIASED = {"attention_bias": "qkv_bias output_bias"}
+_GPT2_NAMES = {
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "activation_function": "activation",
+    "embd_pdrop": "embedding_dropout",
+    "attn_pdrop": "attention_dropout",
+    "resid_pdrop": "residual_dropout",
+}
+_GPT2_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 1024,
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "activation": "gelu_new",
+    "gated": False,
+    "positions": "learned",
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+}
+_GPT2_NEUTRAL = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+}
+_GPT_NEOX_NAMES = _COMMON_NAMES | {
+    "layer_norm_eps": "norm_eps",
+    "hidden_act": "activation",
+    "hidden_dropout": "embedding_dropout residual_dropout",
+    "use_parallel_residual": "parallel_residual",
+}
+_GPT_NEOX_DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "activation": "gelu",
+    "gated": False,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "parallel_residual": True,
+}
+_GEMMA3_NAMES = {key: name for key, name in _LLAMA_NAMES.items() if key != "hidden_act"} | {
+    "hidden_activation": "activation",
+    "query_pre_attn_scalar": "query_scalar",
+}
+_GEMMA3_DEFAULTS = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_scalar": 256,
+    "norm_offset": 1.0,
+    "norm_after": "branch",
+    "qk_norm": "head",
+    "activation": "gelu_pytorch_tanh",
+    "scaled_embedding": True,
+    "tie_word_embeddings": True,
+    "rope_theta": 1_000_000.0,
+}
+_GEMMA3_NEUTRAL = {
+    "use_bidirectional_attention": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+}
+
+FAMILIES = {
+    "llama": Family(_LLAMA_NAMES | _BIASED | {"mlp_bias": "mlp_bias"}, {"max_position_embeddings": 2048}, LLAMA),
+    "mistral": Family(
+        _LLAMA_NAMES,
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+        LLAMA,
+        Windows(4096),
+    ),
+    "qwen2": Family(
+        _LLAMA_NAMES, {"max_position_embeddings": 32768, "qkv_bias": True}, LLAMA, Windows(4096, switched=True)
+    ),
+    "qwen3": Family(
+        _LLAMA_NAMES | _BIASED,
+        {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": "head"},
+        LLAMA,
+        Windows(4096, switched=True),
+    ),
+    "gemma3_text": Family(
+        _GEMMA3_NAMES | _BIASED,
+        _GEMMA3_DEFAULTS,
+        GEMMA3,
+        Windows(4096, pattern=6),
+        local_theta=10000.0,
+        neutral=_GEMMA3_NEUTRAL,
+    ),
+    "phi3": Family(
+        _LLAMA_NAMES | {"resid_pdrop": "residual_dropout"},
+        {"max_position_embeddings": 4096, "norm_eps": 1e-5},
+        PHI3,
+        Windows(),
+        ignored=frozenset({"embd_pdrop"}),
+    ),
+    "olmo2": Family(
+        _LLAMA_NAMES | _BIASED,
+        {
+            "max_position_embeddings": 2048,
+            "norm_eps": 1e-5,
+            "norm_before": False,
+            "norm_after": "branch",
+            "qk_norm": "projection",
+        },
+        OLMO2,
+    ),
+    "gpt2": Family(_GPT2_NAMES, _GPT2_DEFAULTS, GPT2, neutral=_GPT2_NEUTRAL),
+    "gpt_neox": Family(
+        _GPT_NEOX_NAMES | _BIASED,
+        _GPT_NEOX_DEFAULTS,
+        GPT_NEOX,
+        rotary_fraction=0.25,
+        neutral={"is_decoder": (False,)},
+        ignored=frozenset({"classifier_dropout"}),
+    ),
+}
