@@ -3,6 +3,8 @@
 Model FLOPs are what the model needs, whatever the run computes twice: recomputation and padding do not raise them.
 """
 
+from weft.launch.plan.cluster import cluster_names, load_cluster
+
 
 def flops_per_token(*, parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:
     """Floating-point operations of a forward and backward pass, per token: 6·N + 12·L·h·s.
@@ -25,22 +27,17 @@ def model_tflops(*, tokens_per_second: float, flops_per_token: float, devices: i
     return tokens_per_second * flops_per_token / devices / 1e12
 
 
-# Dense peak rates in TFLOP/s from the vendors' data sheets (SXM or OAM form): bf16 and fp16 by matrix units, fp32
-# without TF32, which is how torch multiplies fp32 matrices by default.
-_PEAKS = {
-    "a100": {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5},
-    "h100": {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
-    "h200": {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
-    "b200": {"bf16": 2250.0, "fp16": 2250.0, "fp32": 75.0},
-    "v100": {"fp16": 125.0, "fp32": 15.7},
-    "mi300x": {"bf16": 1307.4, "fp16": 1307.4, "fp32": 163.4},
-}
-
-
 def peak_tflops(device: str, precision: str) -> float | None:
-    """The peak rate of a device by its name (`h100-sxm`, `NVIDIA H200`), or None when it is not known, as for CPUs."""
-    rates = next((rates for name, rates in _PEAKS.items() if name in device.lower()), {})
-    return rates.get(precision)
+    """The peak rate of a device by its name (`h100-sxm`, `NVIDIA H200`), or None when it is not known, as for CPUs.
+
+    The rates are those of `launch/plan/clusters.yaml`, of the vendors' data sheets: dense, SXM or OAM form, and fp32
+    without TF32, which is how torch multiplies fp32 matrices by default.
+    """
+    kinds = {name.partition("-")[0]: name for name in cluster_names() if name != "cpu"}
+    found = [kind for kind in kinds if kind in device.lower()]
+    if not found:
+        return None
+    return load_cluster(kinds[max(found, key=len)]).peak_tflops.get(precision)  # gb200 has b200 in it
 
 
 def utilization(tflops: float, peak: float | None) -> float | None:

@@ -106,6 +106,9 @@ def test_utilization_needs_a_peak() -> None:
     assert flops.utilization(0.1, None) is None
     assert flops.peak_tflops("NVIDIA H200", "bf16") == flops.peak_tflops("h100-sxm", "bf16") == 989.4
     assert flops.peak_tflops("a100-80gb", "fp32") == 19.5
+    assert flops.peak_tflops("NVIDIA GB200", "bf16") == 2500
+    assert flops.peak_tflops("AMD Instinct MI300X", "fp16") == 1307.4
+    assert flops.peak_tflops("NVIDIA A100-SXM4-80GB", "fp16") == 312
 
 
 def test_what_is_evaluated_before_training_is_no_step(tmp_path: Path) -> None:
