@@ -18,6 +18,7 @@ _COMMANDS = {
     "topology": "weft.launch.topology_command:topology_command",
     "schedule": "weft.launch.schedule_command:schedule_command",
     "plan": "weft.launch.plan_command:plan_command",
+    "memory": "weft.launch.memory_command:memory_command",
     "verify": "weft.launch.verify_command:verify_command",
     "generate": "weft.launch.generate_command:generate_command",
     "serve": "weft.launch.serve_command:serve_command",

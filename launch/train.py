@@ -49,14 +49,15 @@ def main(config: str, overrides: Sequence[str]) -> None:
     with stop_request() as stop:
         if settings.train.stop_after != "never":
             stop.set_budget(seconds_of(settings.train.stop_after))
-        mesh = _build_mesh(settings)
+        mesh = build_training_mesh(settings)
         try:
             _train(settings, mesh, stop)
         finally:
             dist.destroy_process_group()
 
 
-def _build_mesh(settings: Settings) -> DeviceMesh:
+def build_training_mesh(settings: Settings) -> DeviceMesh:
+    """The mesh of this rank of the job, with its device chosen; `parallel.data` must be a number."""
     kind = device_type(settings)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -8,7 +8,7 @@ import click
 from weft.launch.errors import StoppedError, UserError
 from weft.launch.found_ranks import found_rank
 from weft.launch.settings import Settings, load_settings
-from weft.launch.world import device_type, world_size
+from weft.launch.world import gpus_here, world_size
 
 
 @click.command(epilog="Example:  weft train configs/demo.yaml parallel.tensor=2 train.steps=100")
@@ -37,7 +37,7 @@ def _start(config: str, overrides: tuple[str, ...]) -> None:
     from weft.launch.preflight import check_port, check_run
 
     settings = load_settings(config, overrides)
-    ranks = world_size(settings, gpus_per_node=_gpus(settings))
+    ranks = world_size(settings, gpus_per_node=gpus_here(settings))
     check_run(settings, ranks)
     _check_nodes(settings)
     if os.environ.get("NODE_RANK", "0") == "0":
@@ -49,7 +49,7 @@ def _show_rank(config: str, overrides: tuple[str, ...], rank: int) -> None:
     from weft.launch.dry_run import dry_run, dry_run_text
 
     settings = load_settings(config, overrides)
-    click.echo(dry_run_text(dry_run(settings, world_size(settings, gpus_per_node=_gpus(settings)), rank)))
+    click.echo(dry_run_text(dry_run(settings, world_size(settings, gpus_per_node=gpus_here(settings)), rank)))
 
 
 def _launch(settings: Settings, ranks: int, config: str, overrides: tuple[str, ...]) -> None:
@@ -82,12 +82,6 @@ def _join(config: str, overrides: tuple[str, ...]) -> None:
         if os.environ["RANK"] == "0":
             raise
         raise SystemExit(error.exit_status) from None
-
-
-def _gpus(settings: Settings) -> int:
-    import torch
-
-    return torch.cuda.device_count() if device_type(settings) == "cuda" else 0
 
 
 def _check_nodes(settings: Settings) -> None:

@@ -16,6 +16,13 @@ def device_type(settings: Settings) -> Literal["cpu", "cuda"]:
     return "cpu" if settings.cluster.device == "cpu" else "cuda"
 
 
+def gpus_here(settings: Settings) -> int:
+    """GPUs of this machine, where the ranks compute on GPUs; otherwise 0."""
+    import torch
+
+    return torch.cuda.device_count() if device_type(settings) == "cuda" else 0
+
+
 def world_size(settings: Settings, *, gpus_per_node: int = 0) -> int:
     """The ranks of a run: what the layout asks for, or every device of the cluster when `parallel.data` is auto.
 

@@ -1,0 +1,208 @@
+"""Bytes of one rank of weft's own engine, tensor by tensor: the formulas of docs/memory.md.
+
+Model states follow ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1). Activations are counted as Korthikanti et
+al. 2022 (arXiv:2205.05198, §4) count them, for the operations that weft's layers are made of; how many microbatches a
+rank holds is read off the schedule's table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from weft.launch.plan.breakdown import Memory
+from weft.launch.plan.layout import Job, Layout
+from weft.launch.plan.parameters import rank_parameters, stage_layers
+from weft.launch.plan.recipe import Recipe
+from weft.launch.plan.shape import ModelShape
+from weft.parallel.pipeline.table import Schedule
+
+SINGLE, INTEGER, FLAG = 4, 8, 1  # bytes of a float32, a token's number, a truth value
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What one microbatch takes on a stage.
+
+    Attributes:
+        kept: from its forward to its backward.
+        logits: of `kept`, what belongs to the loss.
+        forward, backward: for a moment, on top of all that is kept.
+    """
+
+    kept: float
+    logits: float
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """The sizes of a training step on one rank."""
+
+    shape: ModelShape
+    job: Job
+    layout: Layout
+    recipe: Recipe
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a microbatch that a rank computes on."""
+        return self.layout.micro_batch * self.job.sequence / self.layout.context
+
+    @cached_property
+    def hidden(self) -> float:
+        """Bytes of the residual stream: `[microbatch, sequence / tensor, hidden]`."""
+        parts = self.layout.tensor if self.layout.splits_sequence else 1
+        return self.tokens / parts * self.shape.hidden * self.recipe.activation
+
+    @property
+    def whole_hidden(self) -> float:
+        """Bytes of the same, gathered."""
+        return self.tokens * self.shape.hidden * self.recipe.activation
+
+    @property
+    def intermediate(self) -> float:
+        """Bytes of an MLP's features: `[microbatch, sequence, intermediate / tensor]`."""
+        return self.tokens * self.shape.intermediate / self.layout.tensor * self.recipe.activation
+
+    @property
+    def probabilities(self) -> float:
+        """Bytes of the softmax over a rank's part of the vocabulary, in float32."""
+        return self.tokens * self.vocabulary * SINGLE
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the table on each tensor rank, padding included."""
+        return -(-self.shape.vocab // self.layout.tensor)
+
+    @property
+    def norm(self) -> float:
+        """A norm keeps its input and its result, an RMS norm also what it scales; beside them numbers per token."""
+        kept = 3 if self.shape.norm_vectors == 1 else 2
+        return kept * self.hidden + self.shape.norm_vectors * SINGLE * self.hidden / self._width
+
+    @property
+    def _width(self) -> float:
+        return self.shape.hidden * self.recipe.activation
+
+    @cached_property
+    def attention(self) -> float:
+        """Queries, keys, values and the heads' result."""
+        shape, tensor = self.shape, self.layout.tensor
+        query, keys = shape.query_features / tensor, shape.key_value_features / min(tensor, shape.kv_heads)
+        several = 4 * query if shape.dropout else 2 * query + 2 * keys  # dropout repeats keys and values for each head
+        return self.tokens * several * self.recipe.activation
+
+    @cached_property
+    def scores(self) -> float:
+        """The logarithm of each row's sum; with dropout the scores themselves, their mask and both multiplied."""
+        rows = self.tokens * self.shape.heads / self.layout.tensor
+        if not self.shape.dropout:
+            return rows * SINGLE
+        return rows * self.job.sequence * 3 * self.recipe.activation + self.job.sequence**2 * FLAG
+
+    @property
+    def mlp(self) -> float:
+        """Gate, up, the activated gate and the product; without a gate, before and after the activation."""
+        return (4 if self.shape.gated else 2) * self.intermediate
+
+    @property
+    def block(self) -> float:
+        """What a block keeps without recompute: of two norms, attention, MLP and the masks of two dropouts."""
+        masks = 2 * self.hidden * self.shape.dropout
+        return 2 * self.norm + self.attention + self.scores + self.mlp + masks
+
+    @property
+    def kept_of_block(self) -> float:
+        """What it keeps under the layout's recompute."""
+        if self.layout.recompute == "full":
+            return self.hidden
+        return self.block - (self.scores if self.layout.recompute == "selective" else 0.0)
+
+    @property
+    def moment_of_block(self) -> float:
+        """At the worst of a block's backward, with what is computed again for it."""
+        again = self.block - self.hidden if self.layout.recompute == "full" else 0.0
+        core = self.scores if self.layout.recompute == "selective" else 0.0
+        return again + self.hidden + max(self._moment_of_mlp, core + self._moment_of_attention)
+
+    @property
+    def _moment_of_mlp(self) -> float:
+        """Gradients of its features, its output's gathered, and one of its weights'."""
+        shape = self.shape
+        weight = shape.hidden * shape.intermediate / self.layout.tensor * self.recipe.gradient
+        gathered = self.whole_hidden if self.layout.splits_sequence else 0.0
+        return max((1 + shape.gated) * self.intermediate, self.intermediate + weight + gathered)
+
+    @property
+    def _moment_of_attention(self) -> float:
+        """Gradients of the scores where they are kept; what the MLP and its norm have kept is gone by then."""
+        rows = self.tokens * self.shape.heads / self.layout.tensor
+        gradients = 2 * rows * self.job.sequence * self.recipe.activation if self.shape.dropout else 0.0
+        return gradients - self.mlp - self.norm
+
+
+def ledger_of_rank(
+    shape: ModelShape, job: Job, layout: Layout, recipe: Recipe, schedule: Schedule, rank: int
+) -> Memory:
+    """What the pipeline rank `rank` holds at its worst moment."""
+    step = Step(shape, job, layout, recipe)
+    stages = schedule.stages_of(rank)
+    parameters = rank_parameters(shape, layout, stages).total
+    replicas = layout.data * layout.context
+    kept, logits, moment = _peak(schedule.programs[rank], {stage: stage_bytes(step, stage) for stage in stages})
+    neighbours = (rank > 0) + (rank < layout.pipeline - 1)
+    messages = (1 + neighbours) * step.hidden if neighbours else 0.0  # one arriving from each, one not yet taken
+    return Memory(
+        parameters=parameters * recipe.parameter / (replicas if layout.zero >= 3 else 1),
+        gradients=parameters * recipe.gradient / (replicas if layout.zero >= 2 else 1),
+        optimizer=parameters * recipe.optimizer / (replicas if layout.zero >= 1 else 1),
+        activations=kept - logits,
+        logits=logits,
+        buffers=moment + messages,
+        workspace=recipe.workspace,
+    )
+
+
+def stage_bytes(step: Step, stage: int) -> StageBytes:
+    """Of the blocks of a stage, the embedding on the first, and norm, head and loss on the last."""
+    shape, layout = step.shape, step.layout
+    layers = len(stage_layers(shape, layout, stage))
+    kept = layers * step.kept_of_block
+    if not shape.positions and layers:
+        kept += 2 * step.job.sequence * shape.head_dim * step.recipe.activation  # cosines and sines
+    if stage == 0:
+        kept += step.hidden * shape.dropout + (step.tokens * (INTEGER + FLAG) if layout.tensor > 1 else 0.0)
+    backward = step.moment_of_block if layers else 0.0
+    forward = 3 * step.intermediate + step.whole_hidden if layout.recompute == "full" and layers else step.hidden
+    logits = 0.0
+    if stage == layout.stages - 1:
+        kept += step.norm
+        logits = step.probabilities + step.tokens * (INTEGER + 2 * FLAG)
+        gathered = step.whole_hidden if layout.splits_sequence else 0.0
+        table = step.vocabulary * shape.hidden * step.recipe.gradient
+        head = max(step.probabilities, table + gathered)
+        forward = max(forward, step.tokens * step.vocabulary * step.recipe.activation + gathered)
+        backward = max(head, backward - logits - step.norm)
+    return StageBytes(kept + logits, logits, forward, backward)
+
+
+def _peak(program: Sequence[tuple[str, int, int]], stages: Mapping[int, StageBytes]) -> tuple[float, float, float]:
+    """At the worst moment of a program: what is kept, of that what belongs to losses, and what is there for the moment.
+
+    A forward keeps its stage's bytes; its B or I gives back those of the loss, its B or W the others.
+    """
+    held = logits = 0.0
+    worst = (0.0, 0.0, 0.0)
+    for kind, index, _ in program:
+        stage = stages[index]
+        if kind == "F":
+            held, logits = held + stage.kept, logits + stage.logits
+        moment = stage.forward if kind == "F" else stage.backward if kind in "BI" else 0.0
+        if held + moment > worst[0] + worst[2]:
+            worst = (held, logits, moment)
+        if kind in "BI":
+            held, logits = held - stage.logits, logits - stage.logits
+        if kind in "BW":
+            held -= stage.kept - stage.logits
+    return worst
