@@ -1,6 +1,6 @@
 """The table of docs/memory.md: activations by formula and as the engine allocates them, in layouts of a small model.
 
-    python docs/memory_tables.py
+python docs/memory_tables.py
 """
 
 from math import prod

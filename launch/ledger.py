@@ -6,7 +6,7 @@ from weft.launch.plan.breakdown import Memory
 from weft.launch.plan.cluster import cluster_names, load_cluster
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.ledger import ledger_of_rank
-from weft.launch.plan.recipe import WEFT
+from weft.launch.plan.recipe import recipe_of
 from weft.launch.plan.shape import shape_of
 from weft.launch.schedules import load_schedule
 from weft.launch.sections import Settings
@@ -39,7 +39,8 @@ def formula(settings: Settings, pipeline_rank: int) -> Memory:
         layers_of_stages=tuple(map(len, layers)),
     )
     job = Job(batch.global_size, settings.corpus.sequence_length)
-    return ledger_of_rank(shape_of(config), job, layout, WEFT, schedule, pipeline_rank)
+    recipe = recipe_of(settings.train.precision)
+    return ledger_of_rank(shape_of(config), job, layout, recipe, schedule, pipeline_rank)
 
 
 def states_and_activations(memory: Memory) -> list[Row]:

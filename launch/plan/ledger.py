@@ -138,7 +138,7 @@ class Step:
     def _moment_of_attention(self) -> float:
         """Gradients of the scores where they are kept; what the MLP and its norm have kept is gone by then."""
         rows = self.tokens * self.shape.heads / self.layout.tensor
-        gradients = 2 * rows * self.job.sequence * self.recipe.activation if self.shape.dropout else 0.0
+        gradients = 3 * rows * self.job.sequence * self.recipe.activation if self.shape.dropout else 0.0
         return gradients - self.mlp - self.norm
 
 
