@@ -36,12 +36,8 @@ def check_run(settings: Settings, world_size: int) -> None:
     check_directory("checkpoint.directory", settings.checkpoint.directory)
     check_same_run(settings)
     _check_resume(settings)
-<<<<<<< HEAD
     _check_pretrained(settings)
-    _check_devices(settings, world_size)
-=======
     check_devices(settings, world_size)
->>>>>>> 6e24b53 (Lay formula and measurement of memory side by side: weft memory)
 
 
 def check_directory(key: str, directory: str) -> None:
