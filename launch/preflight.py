@@ -136,7 +136,6 @@ def _check_resume(settings: Settings) -> None:
         raise UserError(f"checkpoint.resume is {resume}, but there is no such checkpoint; choose auto, never or one.")
 
 
-<<<<<<< HEAD
 def _check_pretrained(settings: Settings) -> None:
     """Check that the weights of `model.pretrained`, where the run begins with them, are those of its config."""
     directory = settings.model.get("pretrained")
@@ -153,15 +152,12 @@ def _check_pretrained(settings: Settings) -> None:
             raise UserError(f"model.pretrained: {error}.") from None
 
 
-def _check_devices(settings: Settings, world_size: int) -> None:
-=======
 def check_devices(settings: Settings, world_size: int) -> None:
     """Check that this machine has the devices and the communication library for its share of the ranks.
 
     Raises:
         UserError: says what is missing.
     """
->>>>>>> 6e24b53 (Lay formula and measurement of memory side by side: weft memory)
     import torch
     import torch.distributed as dist
 
