@@ -20,6 +20,7 @@ _COMMANDS = {
     "plan": "weft.launch.plan_command:plan_command",
     "memory": "weft.launch.memory_command:memory_command",
     "verify": "weft.launch.verify_command:verify_command",
+    "convert": "weft.launch.convert_command:convert_command",
     "generate": "weft.launch.generate_command:generate_command",
     "serve": "weft.launch.serve_command:serve_command",
 }

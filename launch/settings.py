@@ -46,11 +46,20 @@ def _with_model_from_file(values: dict[str, Any]) -> dict[str, Any]:
     file = Path(directory) / "config.json"
     if "model_type" in model and not file.is_file():
         return values  # the resolved settings of a run whose directory is gone; a checkpoint has the weights
-    values = values | {"model": _model_from_file("pretrained", directory, file) | model}
+    values = values | {"model": model_of_directory(directory) | model}
     corpus = values.get("corpus", {})
     if isinstance(corpus, dict) and (Path(directory) / "tokenizer.json").is_file():
         values["corpus"] = {"tokenizer": directory} | corpus
     return values
+
+
+def model_of_directory(directory: str) -> dict[str, Any]:
+    """The keys of the config.json in a Hugging Face directory.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    return _model_from_file("pretrained", directory, Path(directory) / "config.json")
 
 
 def _model_from_file(key: str, value: Any, path: Any) -> dict[str, Any]:

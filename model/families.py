@@ -34,6 +34,7 @@ class Family:
         names: own names, by Hugging Face's; several own names of one key are separated by spaces.
         defaults: what holds where a key is absent.
         weights: where the weights of each module are stored, by the module's own name.
+        architecture: the class that transformers reads them with.
         rotary_fraction, local_theta: rotated share of a head, and the base in layers with a window (None: the same).
         neutral: keys that change the computation in a way not covered, with the values that leave it as it is.
         ignored: keys of this family that say nothing about the computation.
@@ -42,6 +43,7 @@ class Family:
     names: Mapping[str, str]
     defaults: Mapping[str, Any]
     weights: Mapping[str, Stored]
+    architecture: str
     windows: Windows | None = None
     rotary_fraction: float = 1.0
     local_theta: float | None = None
@@ -156,26 +158,35 @@ _GEMMA3_NEUTRAL = {
 }
 
 FAMILIES = {
-    "llama": Family(_LLAMA_NAMES | _BIASED | {"mlp_bias": "mlp_bias"}, {"max_position_embeddings": 2048}, LLAMA),
+    "llama": Family(
+        _LLAMA_NAMES | _BIASED | {"mlp_bias": "mlp_bias"}, {"max_position_embeddings": 2048}, LLAMA, "LlamaForCausalLM"
+    ),
     "mistral": Family(
         _LLAMA_NAMES,
         {"max_position_embeddings": 131072, "num_key_value_heads": 8},
         LLAMA,
+        "MistralForCausalLM",
         Windows(4096),
     ),
     "qwen2": Family(
-        _LLAMA_NAMES, {"max_position_embeddings": 32768, "qkv_bias": True}, LLAMA, Windows(4096, switched=True)
+        _LLAMA_NAMES,
+        {"max_position_embeddings": 32768, "qkv_bias": True},
+        LLAMA,
+        "Qwen2ForCausalLM",
+        Windows(4096, switched=True),
     ),
     "qwen3": Family(
         _LLAMA_NAMES | _BIASED,
         {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": "head"},
         LLAMA,
+        "Qwen3ForCausalLM",
         Windows(4096, switched=True),
     ),
     "gemma3_text": Family(
         _GEMMA3_NAMES | _BIASED,
         _GEMMA3_DEFAULTS,
         GEMMA3,
+        "Gemma3ForCausalLM",
         Windows(4096, pattern=6),
         local_theta=10000.0,
         neutral=_GEMMA3_NEUTRAL,
@@ -184,6 +195,7 @@ FAMILIES = {
         _LLAMA_NAMES | {"resid_pdrop": "residual_dropout"},
         {"max_position_embeddings": 4096, "norm_eps": 1e-5},
         PHI3,
+        "Phi3ForCausalLM",
         Windows(),
         ignored=frozenset({"embd_pdrop"}),
     ),
@@ -197,12 +209,14 @@ FAMILIES = {
             "qk_norm": "projection",
         },
         OLMO2,
+        "Olmo2ForCausalLM",
     ),
-    "gpt2": Family(_GPT2_NAMES, _GPT2_DEFAULTS, GPT2, neutral=_GPT2_NEUTRAL),
+    "gpt2": Family(_GPT2_NAMES, _GPT2_DEFAULTS, GPT2, "GPT2LMHeadModel", neutral=_GPT2_NEUTRAL),
     "gpt_neox": Family(
         _GPT_NEOX_NAMES | _BIASED,
         _GPT_NEOX_DEFAULTS,
         GPT_NEOX,
+        "GPTNeoXForCausalLM",
         rotary_fraction=0.25,
         neutral={"is_decoder": (False,)},
         ignored=frozenset({"classifier_dropout"}),

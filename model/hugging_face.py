@@ -69,13 +69,24 @@ def find_stored(files: TensorFiles, place: Place, shape: tuple[int, ...]) -> Any
     """
     prefix = place.name.partition(".")[0]
     stored = files.find([place.name], prefix, place.name)
-    rows = shape[0] // place.length * place.stride
-    wanted = [rows, *shape[1:]][:: -1 if place.transposed else 1]
+    wanted = stored_shape(place, shape)
     if list(stored.get_shape()) != wanted:
         raise ValueError(
             f"{files.directory}: {place.name} is {stored.get_shape()} there and {wanted} by its config.json"
         )
     return stored
+
+
+def stored_shape(place: Place, shape: tuple[int, ...]) -> list[int]:
+    """The shape of the stored tensor that a parameter of that shape is, or is a part of."""
+    rows = shape[0] // place.length * place.stride
+    return [rows, *shape[1:]][:: -1 if place.transposed else 1]
+
+
+def read_rows(stored: Any, place: Place, start: int, count: int) -> Tensor:
+    """The rows `start` … `start + count - 1` of a parameter, in the stored precision."""
+    pieces = [_read(stored, place, piece, None) for piece in stored_rows(place, Slice(start, 0, count))]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _fill(target: Tensor, sharding: Sharding | None, stored: Any, place: Place, rows: int) -> None:

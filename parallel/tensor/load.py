@@ -63,10 +63,16 @@ class TensorFiles:
     def find(self, names: list[str], prefix: str, wanted: str) -> Any:
         """The stored tensor that has one of the names, with or without the prefix."""
         for name in names:
-            for known in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-                if known in self._file_of:
-                    return self._file(self._file_of[known]).get_slice(known)
+            known = self.full_name(name, prefix)
+            if known is not None:
+                return self._file(self._file_of[known]).get_slice(known)
         raise ValueError(f"{self.directory} lacks {wanted}; it holds another model")
+
+    def full_name(self, name: str, prefix: str | None = None) -> str | None:
+        """The name under which the tensor is stored, with or without the prefix (default: the name's first word)."""
+        prefix = name.partition(".")[0] if prefix is None else prefix
+        known = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        return next((candidate for candidate in known if candidate in self._file_of), None)
 
     def holds(self, name: str) -> bool:
         return name in self._file_of
