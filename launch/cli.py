@@ -23,6 +23,7 @@ _COMMANDS = {
     "convert": "weft.launch.convert_command:convert_command",
     "generate": "weft.launch.generate_command:generate_command",
     "serve": "weft.launch.serve_command:serve_command",
+    "evaluate": "weft.launch.evaluate_command:evaluate_command",
 }
 
 

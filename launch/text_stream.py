@@ -7,6 +7,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8  # tokens of the prompt that are looked at
+
+
 class TextStream:
     """Decodes new tokens into text that never has to be taken back.
 
@@ -23,12 +27,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
-        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
-        self._pending: list[int] = []
-        self._prompt = list(prompt)
+        self._tokens = list(prompt[-CONTEXT:])
+        self._context, self._shown = 0, len(self._tokens)
         self._held = ""
         self.stopped = False
 
@@ -36,20 +37,26 @@ class TextStream:
         """Text that is certain with this token."""
         if self.stopped:
             return ""
-        self._pending.append(token)
-        text = self._stream.step(self._tokenizer, token)
-        if text is None:
+        self._tokens.append(token)
+        new = self._new_text()
+        if not new or new.endswith(UNKNOWN):
             return ""
-        self._pending.clear()
-        return self._take(text)
+        self._context, self._shown = self._shown, len(self._tokens)
+        return self._take(new)
 
     def finish(self) -> str:
         """The rest of the text, with U+FFFD for bytes that are no whole character."""
         if self.stopped:
             return ""
-        rest = self._take(self._tokenizer.decode(self._pending) if self._pending else "")
+        rest = self._take(self._new_text())
         held, self._held = self._held, ""
         return rest if self.stopped else rest + held
+
+    def _new_text(self) -> str:
+        """What the tokens not shown yet add to those before them: how a token reads may depend on its neighbour."""
+        before = self._tokenizer.decode(self._tokens[self._context : self._shown])
+        whole: str = self._tokenizer.decode(self._tokens[self._context :])
+        return whole[len(before) :]
 
     def _take(self, text: str) -> str:
         text = self._held + text

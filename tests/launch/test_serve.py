@@ -19,6 +19,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from tests.launch.browser import CHROMIUM, Browser
 from tests.launch.tiny_run import make_run
 from tests.pool import Pool
 
@@ -221,6 +222,22 @@ def test_many_clients_at_a_time_get_what_each_gets_alone(server: Server) -> None
     for thread in threads:
         thread.join()
     assert [together[number] for number in range(8)] == alone
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_page_chats_with_the_model(server: Server) -> None:
+    with Browser(f"http://127.0.0.1:{server.port}/") as page:
+        page.wait_for("document.getElementById('state')?.textContent.includes('token')")
+        page.evaluate(f"at('token').value = {TOKEN!r}; at('token').dispatchEvent(new Event('change'))")
+        page.wait_for("document.getElementById('name')?.textContent === 'tiny'")
+        page.evaluate("at('temperature').value = 0; at('tokens').value = 8; at('text').value = 'Weave <b>.'")
+        page.evaluate("at('text').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))")
+        page.wait_for("at('send').textContent === 'Send' && at('turns').children.length === 2")
+        page.wait_for("at('turns').children[1].textContent")
+        shown, answer = page.evaluate("[...at('turns').children].map(turn => turn.textContent)")
+    messages: Any = [{"role": "user", "content": "Weave <b>."}]
+    told = server.client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=8)
+    assert (shown, answer) == ("Weave <b>.", told.choices[0].message.content)
 
 
 def test_a_head_that_drips_in_is_not_waited_for_and_sigterm_ends_the_server(server: Server) -> None:

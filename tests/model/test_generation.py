@@ -92,14 +92,14 @@ def numbers(requests: list[Request]) -> list[list[int]]:
     return [[token.number for token in request.generated] for request in requests]
 
 
-def in_transformers(settings: dict[str, Any]) -> nn.Module:
-    """The model of `open_session` in `transformers`."""
+def in_transformers(settings: dict[str, Any], seed: int = 3) -> nn.Module:
+    """The model of `open_session`, drawn from `seed`, in `transformers`, in float64."""
     import transformers
 
     config = model_config(settings)
     mesh = build_mesh()["tensor"]
-    stage = DecoderStage(config, range(LAYERS), mesh=mesh, dtype=torch.float64)
-    initialize(stage, 3, initial_distribution(config))
+    stage = DecoderStage(config, range(config.num_hidden_layers), mesh=mesh, dtype=torch.float64)
+    initialize(stage, seed, initial_distribution(config))
     weights = {name: gather_full(parameter, s) for name, parameter, s in sharded_parameters(stage)}
     keys = {key: value for key, value in settings.items() if key != "model_type"}
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
