@@ -9,7 +9,7 @@ from weft.launch.plan import groups
 from weft.launch.plan.cluster import Cluster
 from weft.launch.plan.collectives import all_gather_seconds, all_reduce_seconds, all_to_all_seconds
 from weft.launch.plan.flops import attention_forward
-from weft.launch.plan.kernels import attention_seconds, gemm_seconds, plain_seconds
+from weft.launch.plan.kernels import PLAIN_UNITS_RATE, UNIT_FEATURES, attention_seconds, gemm_seconds, plain_seconds
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.recipe import Recipe
 from weft.launch.plan.shape import ModelShape
@@ -192,6 +192,8 @@ def _attention_core(model: Model) -> tuple[float, float]:
     scores = share * shape.heads * sequence
     traffic = scores * (PASSES_OF_SCORES + PASSES_OF_DROPOUT * shape.dropout) * recipe.activation / 2
     arithmetic = flops / (cluster.peak(recipe.precision) * cluster.gemm_efficiency)
+    if recipe.activation <= 2 and shape.head_dim % UNIT_FEATURES:
+        arithmetic /= PLAIN_UNITS_RATE
     reading = plain_seconds(cluster, traffic, 4)
     return arithmetic + reading, 2 * arithmetic + 1.25 * reading
 

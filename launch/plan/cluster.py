@@ -60,7 +60,7 @@ class Cluster(Section):
     memory_efficiency: Share = Field(default=0.8, description="share of the memory bandwidth that plain kernels reach")
     kernel_latency: NotBelow0 = Field(default=5.0, description="microseconds that each kernel takes beside its work")
     microbatch_overhead: NotBelow0 = Field(
-        default=0.0, description="microseconds per stage and microbatch beside the kernels"
+        default=1000.0, description="microseconds per stage, microbatch and direction beside the kernels"
     )
     overlaps: bool = Field(
         default=True, description="whether devices compute while they communicate; CPU cores do both"

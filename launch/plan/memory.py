@@ -31,14 +31,13 @@ def memory_of_rank(
     parameters = rank_parameters(shape, layout, stages)
     last = layout.stages - 1 in stages
     logits = _logit_bytes(shape, job, layout, recipe) if last else 0.0
-    moment = _momentary_bytes(shape, job, layout, recipe)
     return Memory(
         parameters=_sharded(parameters, layout, recipe.parameter, from_zero=3),
         gradients=_sharded(parameters, layout, recipe.gradient, from_zero=2),
         optimizer=_sharded(parameters, layout, recipe.optimizer, from_zero=1),
         activations=_activations(shape, job, layout, recipe, rank, read_table=read_table),
         logits=logits,
-        buffers=max(0.0, moment - logits) + _gathered_bytes(shape, layout, recipe, stages),
+        buffers=_momentary_bytes(shape, job, layout, recipe) + _gathered_bytes(shape, layout, recipe, stages),
         workspace=recipe.workspace,
     )
 
@@ -93,10 +92,11 @@ def _logit_bytes(shape: ModelShape, job: Job, layout: Layout, recipe: Recipe) ->
 
 
 def _momentary_bytes(shape: ModelShape, job: Job, layout: Layout, recipe: Recipe) -> float:
-    """In the backward of an MLP: the gradients of its features, its gathered input and that one's gradient."""
+    """In an MLP's backward: the gradients of its features, or of its first matrix before it is added to others."""
     tokens = local_tokens(job, layout)
-    features = (1 + shape.gated) * shape.intermediate / layout.tensor + 2 * shape.hidden
-    return tokens * features * recipe.activation
+    features = (1 + shape.gated) * shape.intermediate / layout.tensor
+    of_features = tokens * (features + 2 * shape.hidden) * recipe.activation
+    return max(of_features, features * shape.hidden * recipe.gradient)
 
 
 def _gathered_bytes(shape: ModelShape, layout: Layout, recipe: Recipe, stages: list[int]) -> float:

@@ -60,17 +60,19 @@ def closed_form(layout: Layout, times: StageTimes, microbatches: int) -> Pipelin
     return PipelineTime(busy, sends, busy + bubble + sends)
 
 
-def simulated(layout: Layout, times: StageTimes, microbatches: int) -> PipelineTime:
+def simulated(layout: Layout, times: StageTimes, microbatches: int, *, joined: bool = True) -> PipelineTime:
     """By the engine's own simulator of the schedule's table.
 
     Of more than `SIMULATED_ROUNDS` rounds of microbatches two numbers are simulated, and the time that a further round
     takes between them goes on for the rest: a schedule repeats itself in its steady state.
+
+    `joined`: a step ends for all ranks together; else it takes as long as the rank that is longest under way.
     """
     busy = _busy(layout, times, microbatches)
     if layout.pipeline == 1:
         return PipelineTime(busy, 0.0, busy)
-    whole = _makespan(layout, times, microbatches, times.send)
-    free = _makespan(layout, times, microbatches, 0.0) if times.send else whole
+    whole = _length(layout, times, microbatches, times.send, joined=joined)
+    free = _length(layout, times, microbatches, 0.0, joined=joined) if times.send else whole
     return PipelineTime(busy, max(0.0, whole - free), whole)
 
 
@@ -80,14 +82,18 @@ def timeline(layout: Layout, times: StageTimes, microbatches: int, send: float) 
     return simulate_schedule(schedule_of(layout, microbatches), costs)
 
 
-def _makespan(layout: Layout, times: StageTimes, microbatches: int, send: float) -> float:
+def _length(layout: Layout, times: StageTimes, microbatches: int, send: float, *, joined: bool) -> float:
+    def length(count: int) -> float:
+        drawn = timeline(layout, times, count, send)
+        return drawn.makespan if joined else max(drawn.spans)
+
     most = SIMULATED_ROUNDS * layout.pipeline
     if microbatches <= most or layout.schedule in ("gpipe", "looped-bfs"):
-        return timeline(layout, times, microbatches, send).makespan
+        return length(microbatches)
     rest = (microbatches - most) % layout.pipeline
     end = most - layout.pipeline + rest
     begin = end - 2 * layout.pipeline
-    later, sooner = (timeline(layout, times, count, send).makespan for count in (end, begin))
+    later, sooner = length(end), length(begin)
     return later + (microbatches - end) * (later - sooner) / (end - begin)
 
 

@@ -24,6 +24,10 @@ class Recipe:
         logit: bytes per logit at the worst moment of the loss.
         hidden_tensor: share of a backward's weight gradients under which its tensor collectives hide.
         overlaps_data: whether the data axis reduces gradients while the last backward still runs.
+        scatters: whether ZeRO 1 leaves each data rank only its part of the summed gradients; DeepSpeed sums them whole
+            on all.
+        joined: whether all stages end a step together, as they must for a norm of the whole gradient; else each begins
+            the next step when it has ended its own (the post-validation of Qi et al. 2023, §4).
         workspace: bytes that the libraries of a rank hold whatever it computes.
     """
 
@@ -35,9 +39,11 @@ class Recipe:
     activation: int = 2
     attention: Literal["fused", "plain"] = "fused"
     gated_copies: int = 3
-    logit: int = 10
+    logit: int = 6
     hidden_tensor: float = 0.0
     overlaps_data: bool = True
+    scatters: bool = True
+    joined: bool = True
     workspace: int = 0
 
     @property
@@ -47,12 +53,20 @@ class Recipe:
 
 
 WEFT = Recipe(
-    precision="fp32", parameter=4, gradient=4, optimizer=8, activation=4, gated_copies=4, logit=12, hidden_tensor=0.5
+    precision="fp32",
+    parameter=4,
+    gradient=4,
+    optimizer=8,
+    activation=4,
+    gated_copies=4,
+    logit=12,
+    hidden_tensor=0.5,
+    scatters=False,
 )
 MEGATRON = Recipe()
 
 
 def recipe_of(precision: str, *, overlaps: bool = True) -> Recipe:
     """How this engine stores numbers when it trains in `precision`; `overlaps`: while it communicates."""
-    recipe = WEFT if precision == "fp32" else replace(MEGATRON, precision=precision, hidden_tensor=WEFT.hidden_tensor)
+    recipe = WEFT if precision == "fp32" else replace(MEGATRON, precision=precision, hidden_tensor=0.5, scatters=False)
     return recipe if overlaps else replace(recipe, overlaps_data=False, hidden_tensor=0.0)

@@ -26,7 +26,10 @@ def step_of(model: Model, times: StageTimes, *, simulate: bool) -> StepTime:
     """As `step_time`, of stages whose times are known."""
     layout, job = model.layout, model.job
     count = layout.microbatches(job)
-    run = (pipeline.simulated if simulate else pipeline.closed_form)(layout, times, count)
+    if simulate:
+        run = pipeline.simulated(layout, times, count, joined=model.recipe.joined)
+    else:
+        run = pipeline.closed_form(layout, times, count)
     update = update_time(model, times)
     work = _fullest(model, times, count)
     return replace(

@@ -41,7 +41,8 @@ def _reduced(model: Model, times: StageTimes, held: StageParameters, group: Grou
     if layout.zero == 0:
         reduce = all_reduce_seconds(model.cluster, group, size)
         return _exposed(model, times, reduce)
-    scatter = all_gather_seconds(model.cluster, group, size)
+    collective = all_gather_seconds if recipe.scatters or layout.zero == 2 else all_reduce_seconds
+    scatter = collective(model.cluster, group, size)
     gather = all_gather_seconds(model.cluster, group, recipe.parameter * held.total)
     rounds = layout.microbatches(model.job) if layout.zero == 2 and layout.pipeline == 1 else 1
     return rounds * _exposed(model, times, scatter) + gather * (0.5 if recipe.overlaps_data else 1.0)

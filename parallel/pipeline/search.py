@@ -17,8 +17,8 @@ class Found:
     """The best table of a search.
 
     Attributes:
-        makespan: its simulated length, in the unit of the costs.
-        lower_bound: no table for these ranks, microbatches and costs is shorter.
+        makespan: its simulated length, in the unit of the costs; of its longest rank if ranks are not joined.
+        lower_bound: no table for these ranks, microbatches and costs is shorter, if they are.
         peak_activations: the most that any rank holds, in activations of a whole rank's share of the layers.
     """
 
@@ -39,6 +39,7 @@ def search_schedule(
     *,
     activations: float | None = None,
     stages_per_rank: int = MOST_STAGES_PER_RANK,
+    joined: bool = True,
 ) -> Found:
     """Try every schedule, placement and split within a memory limit, and return the shortest by simulation.
 
@@ -46,6 +47,8 @@ def search_schedule(
         costs: of a rank's whole share of the layers, one number each; a stage of several per rank costs its part.
         activations: how many microbatches' activations of its whole share a rank can hold; None for any number.
         stages_per_rank: try up to so many.
+        joined: all ranks end a step together, as a norm of the whole gradient asks. If not, each goes on by itself (the
+            post-validation of Qi et al. 2023, §4), and a table is as long as its longest rank.
 
     Raises:
         ScheduleError: no schedule fits into the limit.
@@ -60,8 +63,9 @@ def search_schedule(
     for schedule, per_rank in _candidates(ranks, microbatches, costs, limit, stages_per_rank):
         peak = max(peak_activations(schedule.programs)) / per_rank
         if peak <= limit:
-            makespan = simulate_schedule(schedule, share_costs(costs, per_rank)).makespan
-            found.append((makespan, peak, per_rank, schedule))
+            timeline = simulate_schedule(schedule, share_costs(costs, per_rank))
+            length = timeline.makespan if joined else max(timeline.spans)
+            found.append((length, peak, per_rank, schedule))
     if not found:
         raise ScheduleError(f"no schedule of {ranks} ranks fits into {limit:g} activations; allow more")
     makespan, peak, _, schedule = min(found, key=lambda candidate: candidate[:3])

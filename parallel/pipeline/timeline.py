@@ -59,6 +59,12 @@ class Timeline:
         """Time from the first start to the last end."""
         return self.end - self.start
 
+    @property
+    def spans(self) -> list[float]:
+        """Time of each rank from its own first start to its own last end; 0 without actions."""
+        ranks = zip(self._starts, self._ends, strict=True)
+        return [max(ends, default=0.0) - min(starts, default=0.0) for starts, ends in ranks]
+
     @cached_property
     def busy(self) -> list[float]:
         """Time that each rank spends on actions."""

@@ -47,6 +47,8 @@ def describe(row: Row) -> Case:
     Raises:
         UnknownError: something that neither the row nor a table tells, and that no usual value could stand for.
     """
+    if re.search(r"one .*layer", row.remarks, re.IGNORECASE) and row.whole("layers") == 1:
+        raise UnknownError("a step; the row times one layer")
     software = _first("software.yaml", row.remarks)
     assumed: list[str] = []
     cluster = _cluster(row)
@@ -179,9 +181,7 @@ def _layout(row: Row, shape: ModelShape, recipe: Recipe, assumed: list[str]) -> 
         micro = 1
         assumed.append("microbatch of 1")
     if batch is None:
-        if row.whole("layers") != 1:
-            raise UnknownError("global batch")
-        batch = data * micro
+        raise UnknownError("global batch")
     layout = Layout(
         data=data,
         tensor=tensor,
@@ -211,20 +211,20 @@ def _with_schedule(row: Row, shape: ModelShape, layout: Layout, assumed: list[st
         name = "interleaved" if interleaved and (several or 1) > 1 else "1f1b"
     several = 2 if name == "zb-v" else (several or 1) if name == "interleaved" else 1
     layout = replace(layout, schedule=name, stages_per_rank=several)
-    if layout.stages > shape.layers:
-        raise UnknownError(f"{shape.layers} layers for {layout.stages} stages")
     return replace(layout, layers_of_stages=_split(row, shape.layers, layout.stages))
 
 
 def _split(row: Row, layers: int, stages: int) -> tuple[int, ...]:
-    """Equal shares, or one layer less on the first and the last stage where the notes say so."""
+    """Equal shares, or one layer less on the first and the last stage, which have embedding and head besides."""
     fewer = re.search(
         r"(first and last stage hold one layer less|removed from first and last stage)", row.text("notes")
     )
-    if not fewer or (layers + 2) % stages or stages < 3:
-        return ()
-    share = (layers + 2) // stages
-    return (share - 1, *[share] * (stages - 2), share - 1)
+    if (fewer or layers < stages) and (layers + 2) % stages == 0:
+        share = (layers + 2) // stages
+        return (share - 1, *[share] * (stages - 2), share - 1)
+    if layers < stages:
+        raise UnknownError(f"how {layers} layers fill {stages} stages is")
+    return ()
 
 
 def _recompute(row: Row, recipe: Recipe) -> Recompute:
@@ -244,7 +244,5 @@ def _zero(row: Row) -> int:
 
 
 def _splits_sequence(row: Row) -> bool:
-    text = f"{row.text('notes')} {row.text('recompute')} {row.text('source')}"
-    if re.search(r"without sequence parallel|no SP\b|\(baseline\)|BigScience|vTrain|DeepSpeed|neox|\(2020\)", text):
-        return False
-    return not (row.source.startswith("Korthikanti 2022 Table 4") and "SP" not in row.text("recompute"))
+    words = r"without sequence parallel|no SP\b|BigScience|vTrain|DeepSpeed|neox|\(2020\)"
+    return re.search(words, f"{row.text('notes')} {row.source}") is None

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
@@ -18,6 +18,9 @@ from weft.launch.plan.validation.rows import Row
 from weft.parallel.pipeline.table import ScheduleError
 
 LEAST_TO_FIT = 4  # rows of a source below which nothing is fitted for it
+MOST_DEVICES = 10_000_000
+MOST_LAYERS = 10_000
+MOST_ACTIONS = 1_000_000
 SWEEP = 3  # layouts of one job that make a sweep
 
 
@@ -61,18 +64,27 @@ class Skipped:
 
 
 def judge(row: Row) -> Judged | Skipped:
-    """Plan the run of a row; whatever a row holds, this returns."""
+    """Plan the run of a row, or say what it lacks."""
     try:
         case = describe(row)
+        _check_sizes(case)
         seconds = predicted_step(case)
         memory = worst_memory(case.shape, case.job, case.layout, case.recipe)
     except UnknownError as error:
-        return Skipped(row, f"{error} not known")
+        return Skipped(row, str(error))
     except ScheduleError as error:
         return Skipped(row, str(error))
     observed = observed_step(case)
     size = row.number("peak_mem_gib")
     return Judged(case, seconds, memory, observed, None if size is None else size * 2**30)
+
+
+def _check_sizes(case: Case) -> None:
+    """Refuse what no machine could be asked to plan: a slip of the pen in a table."""
+    layout = case.layout
+    actions = layout.pipeline * layout.stages_per_rank * min(layout.microbatches(case.job), 6 * layout.pipeline)
+    if layout.ranks > MOST_DEVICES or case.shape.layers > MOST_LAYERS or actions > MOST_ACTIONS:
+        raise UnknownError(f"a run of {layout.ranks} devices, {case.shape.layers} layers and {layout.stages} stages")
 
 
 def predicted_step(case: Case) -> float:
@@ -84,8 +96,8 @@ def fits_on(judged: Judged) -> bool:
 
     Rows of one job and layout are on the same side, whatever order a file has them in.
     """
-    case = judged.case
-    key = f"{case.row.source}|{case.row.text('model')}|{replace(case.layout, layers_of_stages=())}"
+    row = judged.case.row
+    key = "|".join(row.text(name) for name in ("source", "model", "num_gpus", "dp", "tp", "pp", "cp", "vpp", "mbs"))
     return hashlib.sha256(key.encode()).digest()[0] % 2 == 0
 
 

@@ -32,6 +32,7 @@ class SourceReport:
         blind: errors of all rows as planned, nothing fitted.
         fitted, naive: errors of the other half with the slowdown, and of a constant FLOP rate fitted alike.
         memory: errors of the peak memory, nothing fitted.
+        assumed: what rows leave out and usual values stand for, with the number of rows.
         verdicts: rows that ran out of memory, and how many of them the plan says do not fit.
     """
 
@@ -42,6 +43,7 @@ class SourceReport:
     fitted: Errors | None
     naive: Errors | None
     memory: Errors | None
+    assumed: dict[str, int]
     verdicts: tuple[int, int]
     sweeps: tuple[Sweep, ...]
     skipped: dict[str, int]
@@ -70,6 +72,7 @@ def _of_source(source: str, results: list[Judged | Skipped]) -> SourceReport:
         fitted=_errors(others, lambda one: one.predicted * factor),
         naive=None if rate is None else _errors(others, lambda one: baseline_step(one, rate)),
         memory=Errors.of(sized) if sized else None,
+        assumed=dict(Counter(words for one in judged for words in one.case.assumed)),
         verdicts=(len(failed), sum(not one.fits for one in failed)),
         sweeps=tuple(sweeps(timed)),
         skipped=dict(Counter(result.reason for result in results if isinstance(result, Skipped))),
@@ -147,12 +150,18 @@ def _memory_table(reports: Sequence[SourceReport]) -> Iterator[str]:
 
 
 def _left_out(reports: Sequence[SourceReport]) -> Iterator[str]:
-    lines = [
+    assumed = [
+        [_name(report.source), str(count), words] for report in reports for words, count in report.assumed.items()
+    ]
+    if assumed:
+        yield "### What was assumed where rows are silent"
+        yield _markdown(("source", "rows", "assumed"), assumed)
+    unknown = [
         [_name(report.source), str(count), reason] for report in reports for reason, count in report.skipped.items()
     ]
-    if lines:
+    if unknown:
         yield "### Rows that say too little to be planned"
-        yield _markdown(("source", "rows", "unknown"), lines)
+        yield _markdown(("source", "rows", "unknown"), unknown)
 
 
 def _name(source: str) -> str:
