@@ -22,7 +22,9 @@ from weft.launch.errors import UserError
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1), help="Of an answer.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Texts at a time, per replica.")
 def evaluate_command(checkpoint: str, overrides: tuple[str, ...], **options: Any) -> None:
-    """Measure the model in CHECKPOINT, a run's folder or one of its checkpoints; every number with its standard error.
+    """Measure the model in CHECKPOINT: a run, one of its checkpoints, or a Hugging Face directory.
+
+    Every number comes with its standard error.
 
     The numbers do not depend on the layout: KEY=VALUE sets one, such as parallel.tensor=2.
     """

@@ -30,7 +30,7 @@ from weft.launch.errors import UserError
 )
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Texts at a time, per replica.")
 def generate_command(checkpoint: str, overrides: tuple[str, ...], **options: Any) -> None:
-    """Go on from prompts with the model in CHECKPOINT, a run's folder or one of its checkpoints.
+    """Go on from prompts with the model in CHECKPOINT: a run, one of its checkpoints, or a Hugging Face directory.
 
     The tokens are the same in every layout: KEY=VALUE sets one, such as parallel.tensor=2. One prompt is answered as it
     goes on; several are answered in order.

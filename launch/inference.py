@@ -13,10 +13,13 @@ from weft.launch.world import device_type
 from weft.model.decoder import DecoderStage
 from weft.model.generation.driver import Session
 from weft.model.generation.worker import Placement, Worker
+from weft.model.hugging_face import load_pretrained
 from weft.model.split import split_layers
 from weft.parallel import build_mesh, build_schedule
-from weft.parallel.checkpoint import CheckpointError, Entry, load_checkpoint
+from weft.parallel.checkpoint import Entry, load_checkpoint
 from weft.parallel.sharding import sharded_parameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_inference_mesh(source: Source) -> DeviceMesh:
@@ -47,12 +50,23 @@ def load_placement(source: Source, mesh: DeviceMesh) -> Placement:
     config, parallel = source.config, source.settings.parallel
     rank, count = mesh["pipeline"].get_local_rank(), mesh["pipeline"].size()
     layers = split_layers(config, count, None if parallel.split == "auto" else parallel.split)[rank]
-    stage = DecoderStage(config, layers, first=rank == 0, last=rank == count - 1, mesh=mesh["tensor"], device="meta")
+    stage = DecoderStage(
+        config,
+        layers,
+        first=rank == 0,
+        last=rank == count - 1,
+        mesh=mesh["tensor"],
+        device="meta",
+        dtype=DTYPES[source.settings.train.precision],
+    )
     stage.to_empty(device=torch.device(mesh.device_type))
     stage.tie()
     try:
-        load_checkpoint(source.path, weight_entries(stage), only="model/")
-    except CheckpointError as error:
+        if source.is_hugging_face:
+            load_pretrained(stage, source.path, config)
+        else:
+            load_checkpoint(source.path, weight_entries(stage), only="model/")
+    except ValueError as error:
         raise UserError(f"{error}.") from None
     return Placement({rank: stage.eval()}, build_schedule("gpipe", count, 1), mesh["tensor"], mesh["pipeline"])
 

@@ -18,7 +18,7 @@ from weft.launch.errors import UserError
 @click.option("--context", type=click.IntRange(2), help="Tokens of a text; the model's positions unless given.")
 @click.option("--max-tokens", type=click.IntRange(1), help="New tokens of a text at most; the context unless given.")
 def serve_command(checkpoint: str, overrides: tuple[str, ...], **options: Any) -> None:
-    """Serve the model in CHECKPOINT, a run's folder or one of its checkpoints, with OpenAI's protocol.
+    """Serve the model in CHECKPOINT, a run, one of its checkpoints or a Hugging Face directory, with OpenAI's protocol.
 
     For trying and measuring a model on the layout that it was trained in. Clients must send the bearer token that the
     variable WEFT_API_KEY holds, if it is set. Ctrl-C ends it.

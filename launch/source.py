@@ -1,4 +1,4 @@
-"""What a path to a trained model means: the newest checkpoint of a run, or a checkpoint itself."""
+"""What a path to a trained model means: the newest checkpoint of a run, a checkpoint, or a Hugging Face directory."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from weft.launch.errors import UserError
 from weft.launch.overrides import apply_overrides
 from weft.launch.problems import known_keys
 from weft.launch.sections import Settings
-from weft.launch.settings import build_settings
+from weft.launch.settings import build_settings, model_of_directory
 from weft.launch.world import device_type, world_size
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _CHANGEABLE = (
     "parallel.data",
     "parallel.split",
     "cluster.device",
+    "train.precision",
     "train.timeout",
 )
 
@@ -32,12 +33,16 @@ class Source:
     """A trained model on disk, and the layout to run it in.
 
     Attributes:
-        path: the checkpoint.
+        path: the checkpoint or the Hugging Face directory.
         settings: the model's, with one process as layout unless another was asked for.
     """
 
     path: Path
     settings: Settings
+
+    @property
+    def is_hugging_face(self) -> bool:
+        return not (self.path / MANIFEST).is_file()
 
     @property
     def config(self) -> "ModelConfig":
@@ -59,20 +64,26 @@ class Source:
 
 
 def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
-    """The model that `path` means: a run's folder, its folder of checkpoints, or one checkpoint.
+    """The model that `path` means: a run's folder, its checkpoints' folder, one checkpoint, or a Hugging Face directory.
 
-    `overrides` change the layout, `parallel.tensor=2`, and the device.
+    `overrides` change the layout, `parallel.tensor=2`, the device and the precision.
 
     Raises:
         UserError: nothing of the kind is there, or an override is about something else or does not fit.
     """
     folder = Path(path)
     checkpoint = _newest(folder)
-    if checkpoint is None:
-        raise UserError(
-            f"{path} holds no checkpoint; give a run's folder such as runs/demo, or one of its checkpoints."
+    if checkpoint is not None:
+        source = Source(checkpoint, _settings(_saved_settings(checkpoint), overrides))
+    elif (folder / "config.json").is_file():
+        source = Source(
+            folder, _settings({"name": folder.resolve().name, "model": model_of_directory(path)}, overrides)
         )
-    source = Source(checkpoint, _settings(checkpoint, overrides))
+    else:
+        raise UserError(
+            f"{path} holds no checkpoint; give a run's folder such as runs/demo, one of its checkpoints, or a Hugging "
+            "Face directory."
+        )
     _check_layout(source)
     return source
 
@@ -101,13 +112,17 @@ def _named_in_config(folder: Path) -> Path | None:
     return Path(directory) if isinstance(directory, str) else None
 
 
-def _settings(checkpoint: Path, overrides: Sequence[str]) -> Settings:
+def _saved_settings(checkpoint: Path) -> dict[str, Any]:
     try:
-        saved: Any = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["metadata"]["settings"]
+        saved: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["metadata"]["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{checkpoint / MANIFEST} does not say of which run it is; choose another checkpoint."
         ) from None
+    return saved
+
+
+def _settings(saved: dict[str, Any], overrides: Sequence[str]) -> Settings:
     values = saved | {
         "parallel": {"data": 1, "sequence_parallel": False},
         "cluster": {"device": saved.get("cluster", {}).get("device", "auto")},
