@@ -24,6 +24,7 @@ _COMMANDS = {
     "generate": "weft.launch.generate_command:generate_command",
     "serve": "weft.launch.serve_command:serve_command",
     "evaluate": "weft.launch.evaluate_command:evaluate_command",
+    "inspect": "weft.launch.inspect_command:inspect_command",
 }
 
 

@@ -64,7 +64,7 @@ class Source:
 
 
 def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
-    """The model that `path` means: a run's folder, its checkpoints' folder, one checkpoint, or a Hugging Face directory.
+    """The model that `path` means: a run's folder, its checkpoints' folder, a checkpoint, or a Hugging Face directory.
 
     `overrides` change the layout, `parallel.tensor=2`, the device and the precision.
 

@@ -150,8 +150,7 @@ class ParallelSelfAttention(nn.Module):
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_key: DropoutKey | None) -> Tensor:
-        if mask is None and self.window is not None and self.window < k.shape[2]:
-            mask = window_mask(k.shape[2], self.window, causal=self.is_causal, device=q.device)
+        mask = self._within_window(k, mask)
         if self.training and self.dropout.p:
             return self._attend_with_dropout(q, k, v, mask, dropout_key)
         return F.scaled_dot_product_attention(
@@ -168,16 +167,35 @@ class ParallelSelfAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key: DropoutKey | None
     ) -> Tensor:
         """Attention with its probabilities dropped by place, which torch's fused attention cannot do."""
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        first = self.mesh.get_local_rank() * self.local_heads
+        probabilities = self._probabilities(q, k, mask)
+        probabilities = self.dropout(probabilities, key, offset=first, dim=1, full_size=self.num_heads)
+        return torch.matmul(probabilities, v.repeat_interleave(q.shape[1] // v.shape[1], 1))
+
+    def probabilities(self, x: Tensor, *, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """How much each position attends to each other, `[batch, heads / tensor, sequence, sequence]`, for looking at.
+
+        Shapes: as for `forward`. No communication but that of the projections.
+        """
+        q, k, _ = self._project(x)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return self._probabilities(q, k, self._within_window(k, None))
+
+    def _within_window(self, k: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of the window, where there is no other and the keys reach beyond it."""
+        if mask is None and self.window is not None and self.window < k.shape[2]:
+            return window_mask(k.shape[2], self.window, causal=self.is_causal, device=k.device)
+        return mask
+
+    def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = q @ k.transpose(-1, -2) * self.scale  # [batch, heads / tensor, sequence, sequence]
         if mask is None and self.is_causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        first = self.mesh.get_local_rank() * self.local_heads
-        probabilities = self.dropout(scores.softmax(-1), key, offset=first, dim=1, full_size=self.num_heads)
-        return torch.matmul(probabilities, v)
+        return scores.softmax(-1)
 
     def extra_repr(self) -> str:
         return (

@@ -17,7 +17,7 @@ from weft.launch.cli import run
 from weft.launch.errors import UserError, WeftError
 from weft.launch.found_ranks import found_rank
 
-COMMANDS = ["train", "topology", "schedule", "verify", "generate", "serve", "evaluate"]
+COMMANDS = ["train", "topology", "schedule", "verify", "generate", "serve", "evaluate", "inspect"]
 
 
 @pytest.fixture
