@@ -3,6 +3,7 @@
 The engine knows nothing of files, text or processes: tests and the training loop drive it alike.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from weft.parallel import (
 from weft.parallel.exchange import start_all_reduce
 from weft.parallel.pipeline.executor import StepResult
 from weft.parallel.pipeline.timeline import Timeline
+from weft.parallel.records import RankRecord
 
 IGNORED = -100
 
@@ -48,14 +50,16 @@ IGNORED = -100
 class StepOutcome:
     """What one optimiser step did, the same on every rank, and the pipeline's own result.
 
-    `loss`: mean over the valid tokens of the global batch, in nats. `gradient_norm`: of the whole model, before
-    clipping.
+    `step`: from 0. `loss`: mean over the valid tokens of the global batch, in nats. `gradient_norm`: of the whole
+    model, before clipping. `finite`: whether both are on all replicas; if not, the optimiser has not moved.
     """
 
+    step: int
     loss: float
     gradient_norm: float
     learning_rate: float
     pipeline: StepResult
+    finite: bool = True
 
 
 class Engine:
@@ -69,6 +73,7 @@ class Engine:
         device: where they lie; the mesh's own device when None. On the meta device nothing is computed: see
             `weft.launch.dry_run`.
         resumed: a checkpoint will be loaded, so that the weights of `model.pretrained` need not be.
+        record: where this rank notes what it does.
 
     Raises:
         ValueError: heads, features or layers do not divide over the mesh, the schedule does not exist, or the weights
@@ -84,8 +89,10 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         resumed: bool = False,
+        record: RankRecord | None = None,
     ) -> None:
         self.config, self.settings, self.mesh = config, settings, mesh
+        self.record = record or RankRecord()
         self._weights_needed = not resumed
         self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
         self.device = device or torch.device(mesh.device_type)
@@ -124,14 +131,18 @@ class Engine:
         result = self.executor.step(
             self._cut(inputs), self._cut(targets), keywords=self._keywords(step * self.settings.batch.global_size)
         )
+        self.record.enter("gradient reduction")
         for buckets in self.buckets.values():
             buckets.finish()
         for module in self.modules:
             reduce_partial_gradients(module)
         self.executor.reduce_shared_gradients()
         norm = gradient_norm(self._counted, (self.tensor, self.pipeline))
-        rate = self._update(step, norm)
-        return StepOutcome(self._over_data(result.loss), float(norm), rate, result)
+        # what is not finite on one replica makes the loss so on all of them, and all take the same way
+        loss = self._over_data(result.loss + torch.where(torch.isfinite(norm), 0.0, math.nan).to(result.loss.device))
+        finite = math.isfinite(loss)
+        rate = self._update(step, norm) if finite else learning_rate(step, self.settings.train)
+        return StepOutcome(step, loss, float(norm), rate, result, finite)
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
         """Sum of the loss over all valid targets of all data ranks, in nats, and their number.
@@ -231,6 +242,7 @@ class Engine:
             before_last_backward=lambda stage: self.buckets[stage].arm(),
             shared_stages=self._tied_stages(),
             device=self.device,
+            record=self.record,
         )
 
     def _count_parameters(self) -> list[nn.Parameter]:

@@ -22,6 +22,10 @@ class RunError(WeftError):
     exit_status = 1
 
 
+class FinalError(RunError):
+    """What would fail in the same way if it were started again."""
+
+
 class StoppedError(WeftError):
     """A signal ended it.
 

@@ -3,12 +3,13 @@
 import json
 import re
 import signal
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.launch.errors import RunError, UserError, WeftError
+from weft.launch.errors import FinalError, RunError, UserError, WeftError
+from weft.parallel.records import read_record
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -27,6 +28,7 @@ class RankFailure:
         message: its message.
         traceback: its traceback.
         time: when it was raised, in seconds since the epoch; infinite when unknown.
+        doing: what it was doing, as its record tells it; only of a rank that ended without an exception.
     """
 
     rank: int
@@ -35,6 +37,7 @@ class RankFailure:
     message: str = ""
     traceback: str = ""
     time: float = float("inf")
+    doing: str = ""
 
     @property
     def order(self) -> tuple[bool, bool, float, int]:
@@ -46,12 +49,17 @@ class RankFailure:
         return (follows, not self.kind, self.time, self.rank)
 
 
-def read_failure(rank: int, failure: "ProcessFailure") -> RankFailure:
-    """A rank's failure as the agent and the rank's error file tell it."""
+def read_failures(failures: Mapping[int, "ProcessFailure"], logs: Path) -> list[RankFailure]:
+    """The failures, by rank, as the agent and what the ranks have left in the folder of their logs tell them."""
+    return [_read_failure(rank, failure, logs) for rank, failure in failures.items()]
+
+
+def _read_failure(rank: int, failure: "ProcessFailure", logs: Path) -> RankFailure:
     path = Path(failure.error_file)
-    if not path.is_file():
-        return RankFailure(rank, failure.exitcode)
-    message = json.loads(path.read_text(encoding="utf-8"))["message"]
+    try:
+        message = json.loads(path.read_text(encoding="utf-8"))["message"]
+    except (OSError, ValueError):  # none, or one that a killed rank left unfinished
+        return RankFailure(rank, failure.exitcode, doing=_doing(logs, rank))
     kind, _, words = message["message"].partition(": ")
     # The file's own time, because the one written in it counts whole seconds.
     return RankFailure(
@@ -59,18 +67,24 @@ def read_failure(rank: int, failure: "ProcessFailure") -> RankFailure:
     )
 
 
-def explain(failures: Mapping[int, "ProcessFailure"], *, stopped: Set[int], logs: Path) -> WeftError:
-    """The error to show for a job whose ranks failed.
+def _doing(folder: Path, rank: int) -> str:
+    record = read_record(folder, rank)
+    return str(record) if record else ""
+
+
+def explain(failures: Sequence[RankFailure], *, logs: Path) -> WeftError:
+    """The error to show for a job whose ranks failed; those that the launcher itself has ended are not among them.
 
     Args:
-        failures: by rank.
-        stopped: ranks that the launcher itself ended, because another had failed.
         logs: folder of the ranks' logs.
     """
-    known = [read_failure(rank, failure) for rank, failure in failures.items()]
-    first = min((failure for failure in known if failure.kind or failure.rank not in stopped), key=lambda f: f.order)
+    first = min(failures, key=lambda failure: failure.order, default=None)
+    if first is None:
+        return RunError(f"The ranks were ended, and none of them said why; the logs are in {logs}.")
     if first.kind == UserError.__name__:
         return UserError(first.message)
+    if first.kind == FinalError.__name__:
+        return FinalError(first.message)
     error = RunError(first.message if first.kind == RunError.__name__ else _sentence(first, logs))
     error.__cause__ = RuntimeError(f"on rank {first.rank}:\n{first.traceback}") if first.traceback else None
     return error
@@ -84,5 +98,7 @@ def _sentence(failure: RankFailure, logs: Path) -> str:
     if failure.exit_status < 0:
         name = signal.Signals(-failure.exit_status).name
         hint = ", as a machine out of memory does" if name == "SIGKILL" else ""
-        return f"Rank {failure.rank} was killed by {name}{hint}; the logs are in {logs}."
-    return f"Rank {failure.rank} exited with status {failure.exit_status}; the logs are in {logs}."
+        doing = f"{',' if hint else ''} {failure.doing}" if failure.doing else ""
+        return f"Rank {failure.rank} was killed by {name}{hint}{doing}; the logs are in {logs}."
+    doing = f" {failure.doing}" if failure.doing else ""
+    return f"Rank {failure.rank} exited with status {failure.exit_status}{doing}; the logs are in {logs}."

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from weft.launch.errors import UserError
+from weft.launch.layout import model_ranks
 from weft.launch.overrides import describe
+from weft.launch.replan import replan
 from weft.launch.settings import Settings, check_layout, load_settings
 from weft.launch.world import device_type
 
@@ -80,6 +82,28 @@ def check_same_run(settings: Settings) -> None:
             f"train.steps is {settings.train.steps}, but the run in {settings.report.directory} was made for "
             f"{earlier.train.steps}; steps may only grow; {remedy}"
         )
+
+
+def check_restarts(settings: Settings, restarts: int, *, ranks: int, nodes: int) -> None:
+    """Check that the job could be started again, on as few as `ranks` ranks of `nodes` nodes.
+
+    Raises:
+        UserError: a restart would begin anew, or fewer nodes could not hold the model.
+    """
+    if restarts and settings.checkpoint.resume != "auto":
+        raise UserError(
+            f"checkpoint.resume is {settings.checkpoint.resume}, but a restart goes on from the newest checkpoint of "
+            f"{settings.checkpoint.directory}; choose auto, or start without restarts."
+        )
+    if ranks < model_ranks(settings):
+        raise UserError(
+            f"--nnodes allows {nodes} nodes, which are {ranks} ranks, but one replica of the model takes "
+            f"{model_ranks(settings)} (pipeline × context × tensor); choose more nodes or a smaller layout."
+        )
+    if restarts:
+        fewer = replan(settings, ranks, nodes=nodes)
+        assert fewer.parallel.data != "auto"
+        check_layout(fewer, model_ranks(settings) * fewer.parallel.data)
 
 
 def check_port(port: str) -> None:

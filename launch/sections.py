@@ -89,6 +89,15 @@ class TrainSettings(Section):
         default="never", description="time after which the run saves and ends, such as 3h50m; the same command goes on"
     )
     timeout: AtLeastOne = Field(default=600, description="longest wait for another rank, in seconds")
+    not_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="what follows a step whose loss or gradient is not a finite number"
+    )
+    replay_not_finite: bool = Field(
+        default=True, description="try such a step once more, to tell a fault of the data from one of the hardware"
+    )
+    check_replicas_every: NotNegative = Field(
+        default=100, description="steps between comparisons of the parameters that several ranks hold; 0 never compares"
+    )
     evaluate_every: NotNegative = Field(
         default=50, description="steps between evaluations on held-out text; 0 evaluates only at the end"
     )

@@ -7,8 +7,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,10 +19,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from weft.launch.checkpoints import Checkpoints, checkpoints_to_resume
 from weft.launch.engine import Engine
-from weft.launch.errors import UserError, show
+from weft.launch.errors import RunError, UserError, show
+from weft.launch.idle import release, stand_by
+from weft.launch.layout import model_ranks
 from weft.launch.metrics import MetricsWriter, StepMetrics
-from weft.launch.preflight import check_run
+from weft.launch.preflight import check_restarts, check_run
 from weft.launch.progress import Progress
+from weft.launch.replan import replan
 from weft.launch.saved_state import EngineState
 from weft.launch.settings import Settings, dump_settings, load_settings, resolved
 from weft.launch.signals import StopRequest, stop_request
@@ -33,7 +36,9 @@ from weft.launch.units import seconds_of
 from weft.launch.vocabulary import keep_vocabulary
 from weft.launch.world import device_type
 from weft.model.config import model_config
-from weft.parallel import build_mesh
+from weft.parallel import PipelineError, build_mesh
+from weft.parallel.blame import blame, timed_out
+from weft.parallel.records import RankRecord, open_record
 
 
 def main(config: str, overrides: Sequence[str]) -> None:
@@ -42,18 +47,58 @@ def main(config: str, overrides: Sequence[str]) -> None:
     Raises:
         UserError: the settings are wrong, or the corpus or a checkpoint cannot be used.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = resolved(load_settings(config, overrides), world_size)
-    if int(os.environ.get("RANK", "0")) == 0:
+    found, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    settings, world_size = _plan(config, overrides, found)
+    if rank == 0:
         check_run(settings, world_size)
-    with stop_request() as stop:
+    os.environ["WORLD_SIZE"] = str(world_size)
+    with stop_request() as stop, open_record(os.environ) as record:
         if settings.train.stop_after != "never":
             stop.set_budget(seconds_of(settings.train.stop_after))
-        mesh = build_training_mesh(settings)
+        if rank >= world_size:
+            record.enter("stand-by")
+            stand_by(stop, timeout=settings.train.timeout)
+            return
+        record.enter("meeting of the ranks")
         try:
-            _train(settings, mesh, stop)
+            with _explained(record):
+                _train(settings, build_training_mesh(settings), stop, record)
+            if rank == 0:
+                release(found - world_size, timeout=settings.train.timeout)
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _plan(config: str, overrides: Sequence[str], world_size: int) -> tuple[Settings, int]:
+    """The settings as they are for the ranks that are there, and how many of those have work.
+
+    Where ranks may be started again, as many nodes as are left are enough; otherwise the world is what was asked for.
+    """
+    settings = load_settings(config, overrides)
+    restarts, nodes = (int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if not restarts:
+        return resolved(settings, world_size), world_size
+    settings = replan(settings, world_size, nodes=nodes)
+    assert settings.parallel.data != "auto"
+    ranks = model_ranks(settings) * settings.parallel.data
+    check_restarts(settings, restarts, ranks=ranks, nodes=nodes)
+    return resolved(settings, ranks), ranks
+
+
+@contextmanager
+def _explained(record: RankRecord) -> Iterator[None]:
+    """Say of a communication that took too long which rank it is that holds the others up."""
+    try:
+        yield
+    except PipelineError as error:
+        words = str(error)
+        raise RunError(words[0].upper() + words[1:]) from error
+    except (RuntimeError, TimeoutError) as error:
+        if not timed_out(error):
+            raise
+        here = record.read()
+        raise RunError(f"Rank {here.rank} timed out {here}{blame(record)}") from error
 
 
 def build_training_mesh(settings: Settings) -> DeviceMesh:
@@ -76,9 +121,11 @@ def build_training_mesh(settings: Settings) -> DeviceMesh:
     )
 
 
-def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
+def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest, record: RankRecord) -> None:
+    record.enter("preparation of the corpus")
     tokens = _prepare(settings)
-    engine = _build_engine(settings, mesh)
+    record.enter("building of the model")
+    engine = _build_engine(settings, mesh, record)
     checkpoints = Checkpoints(settings.checkpoint, EngineState(engine))
     trainer = Trainer(settings, engine, tokens, checkpoints, stop)
     resumed = trainer.resume()
@@ -103,10 +150,10 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest) -> None:
         conclude(trainer)
 
 
-def _build_engine(settings: Settings, mesh: DeviceMesh) -> Engine:
+def _build_engine(settings: Settings, mesh: DeviceMesh, record: RankRecord) -> Engine:
     resumed = bool(checkpoints_to_resume(settings.checkpoint))
     try:
-        return Engine(model_config(settings.model), settings, mesh, resumed=resumed)
+        return Engine(model_config(settings.model), settings, mesh, resumed=resumed, record=record)
     except ValueError as error:
         raise UserError(f"{error}.") from None
 

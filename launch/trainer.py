@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from weft import __version__
 from weft.launch.batches import Batches, HeldOutBatches
-from weft.launch.checkpoints import Checkpoints
+from weft.launch.checkpoints import Checkpoints, say_on_rank_0
 from weft.launch.engine import Engine, StepOutcome
 from weft.launch.flops import flops_per_token, model_tflops, peak_tflops, utilization
 from weft.launch.metrics import StepMetrics
+from weft.launch.not_finite import Guard
+from weft.launch.replicas import check_replicas
 from weft.launch.sections import Settings
 from weft.launch.signals import StopRequest
 from weft.launch.tokens import TokenisedCorpus
@@ -50,6 +52,7 @@ class Trainer:
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings name, if there is one."""
+        self.engine.record.enter("loading of a checkpoint")
         resumed = self.checkpoints.resume()
         if resumed is None:
             return None
@@ -67,6 +70,8 @@ class Trainer:
             last = self.step == train.steps
             if last or (train.evaluate_every and self.step % train.evaluate_every == 0):
                 metrics = self._with_held_out_loss(metrics)
+            if train.check_replicas_every and self.step % train.check_replicas_every == 0:
+                check_replicas(self.engine)
             every = self.settings.checkpoint.every
             last = last or self.stopped
             if last or (every and self.step % every == 0):
@@ -78,6 +83,8 @@ class Trainer:
     def save(self, *, last: bool) -> None:
         """Save, unless this step is saved already; the `last` save of the process is on disk when this returns."""
         if self._saved != self.step:
+            self.engine.record.begin_step(None)
+            self.engine.record.enter("saving of a checkpoint")
             self.checkpoints.save(self.step, self._metadata(), last=last)
             self._saved = self.step
 
@@ -97,12 +104,17 @@ class Trainer:
 
     def _train_step(self) -> StepMetrics:
         start = time.perf_counter()
+        self.engine.record.begin_step(self.step)
         size = self.settings.batch.global_size
         batch = self._batches.batch(self._own_share(np.arange(self.step * size, (self.step + 1) * size)))
         outcome = self.engine.step(self.step, batch.inputs, batch.targets)
+        if not outcome.finite:
+            guard = Guard(self.engine, self.settings.train, say_on_rank_0)
+            outcome = guard.retry(outcome, lambda: self.engine.step(self.step, batch.inputs, batch.targets))
         seconds = time.perf_counter() - start
         self.step += 1
         self.seconds += seconds
+        self.engine.record.enter("agreement after the step")
         memory = self._agree()
         return self._metrics(outcome, seconds, memory)
 
@@ -156,6 +168,7 @@ class Trainer:
 
     def _with_held_out_loss(self, metrics: StepMetrics) -> StepMetrics:
         """Evaluate the first `train.evaluate_sequences` held-out windows, each token counted once."""
+        self.engine.record.begin_step(None)
         size = self.settings.batch.global_size
         wanted = min(self.settings.train.evaluate_sequences, self._held_out.windows)
         total, count = 0.0, 0

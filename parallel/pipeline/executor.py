@@ -1,5 +1,6 @@
 """Runs a schedule: one executor for every table."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from weft.parallel.pipeline.stage import PipelineStage
 from weft.parallel.pipeline.table import Action, Schedule, traffic
 from weft.parallel.pipeline.timeline import Timeline
 from weft.parallel.pipeline.transport import Shapes, Transport
+from weft.parallel.records import RankRecord, open_record
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class PipelineExecutor:
         shared_stages: by the name of each shared parameter the stages that hold it, the same on every rank; None asks
             the other ranks.
         device: where the stages compute; the mesh's own device when None.
+        record: where this rank notes what it does, for the message of the others when it hangs; by default a new one.
 
     Raises:
         ScheduleError: the schedule is not complete, not ordered, or can hang.
@@ -91,6 +94,7 @@ class PipelineExecutor:
         before_last_backward: Callable[[int], None] | None = None,
         shared_stages: Mapping[str, Sequence[int]] | None = None,
         device: torch.device | None = None,
+        record: RankRecord | None = None,
     ) -> None:
         check_schedule(schedule)
         device = device or _device(mesh)
@@ -102,7 +106,8 @@ class PipelineExecutor:
         self._shapes = shapes
         self._reduces_shared = reduce_shared_gradients
         self._check_stages(len(stages), mesh)
-        self._transport = Transport(open_channels(mesh, device, timeout), schedule, device, timeout)
+        record = record or open_record(os.environ)
+        self._transport = Transport(open_channels(mesh, device, timeout), schedule, device, timeout, record)
         self._transport.channels.open(traffic(schedule))
         rank = self._transport.rank
         self._plan = plan_rank(schedule, rank, traffic(schedule))

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.parallel.blame import blame, timed_out
 from weft.parallel.pipeline.feed import Feed
 from weft.parallel.pipeline.payload import Nest, PayloadSpec, put_together, take_apart
 from weft.parallel.pipeline.plan import Planned, RankPlan
 from weft.parallel.pipeline.stage import PipelineStage, Saved, WithSkips, as_leaves
 from weft.parallel.pipeline.table import KINDS, Action, Schedule, Value
-from weft.parallel.pipeline.transport import Inbox, Outbox, Shapes, Transport
+from weft.parallel.pipeline.transport import Inbox, Outbox, PipelineError, Shapes, Transport
 
 LossFunction = Callable[[Any, Any], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 Taken = dict[Value, list[Tensor]]
@@ -44,6 +45,7 @@ class ProgramRun:
         self._plan = plan
         self._stages = stages
         self._where = transport.here
+        self._record = transport.record
         self._shapes = shapes
         self._feed = feed
         self._loss_function = loss_function
@@ -69,6 +71,7 @@ class ProgramRun:
 
     def _perform(self, planned: Planned) -> None:
         action = planned.action
+        self._record.enter(KINDS[action.kind], action.stage, action.microbatch)
         for peer, count in planned.post:
             self._inboxes[peer].post(count)
         taken = self._take(planned)
@@ -78,10 +81,12 @@ class ProgramRun:
         try:
             given = self._compute[action.kind](action, taken)
         except Exception as error:
-            error.add_note(
-                f"{self._where()}: in the {KINDS[action.kind]} of microbatch {action.microbatch} on stage "
-                f"{action.stage} (action {action} of schedule {self._schedule.name})"
-            )
+            where = f"in the {KINDS[action.kind]} of microbatch {action.microbatch} on stage {action.stage}"
+            if timed_out(error):
+                raise PipelineError(
+                    f"{self._where()}: {where} other ranks did not take part in time{blame(self._record)}"
+                ) from error
+            error.add_note(f"{self._where()}: {where} (action {action} of schedule {self._schedule.name})")
             raise
         self.ends.append(perf_counter())
         for value, tensors, header in given:

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weft.parallel.blame import blame, last_seen
 from weft.parallel.pipeline.channels import Channels
 from weft.parallel.pipeline.payload import PayloadSpec, TensorSpec
 from weft.parallel.pipeline.table import Schedule, Value, name_in_words
+from weft.parallel.records import RankRecord
 
 DATA, HEADER, LOSS, SHARED = range(4)  # message tags
 HEADER_BYTES = 512
@@ -29,14 +31,25 @@ class PipelineError(RuntimeError):
 
 
 class Transport:
-    """Point-to-point messages within the pipeline group, each wait bounded by `timeout` seconds."""
+    """Point-to-point messages within the pipeline group, each wait bounded by `timeout` seconds.
 
-    def __init__(self, channels: Channels, schedule: Schedule, device: torch.device, timeout: float) -> None:
+    `record`: where this rank notes what it waits for.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        schedule: Schedule,
+        device: torch.device,
+        timeout: float,
+        record: RankRecord | None = None,
+    ) -> None:
         self.channels = channels
         self.group = channels.control
         self.rank = dist.get_rank(self.group)
         self.device = device
         self.timeout = timeout
+        self.record = record or RankRecord()
         self._schedule = schedule
 
     def send(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> "Pending":
@@ -69,12 +82,14 @@ class Transport:
             PipelineError: `what` has not happened within the time limit, or the peer has gone.
         """
         started = perf_counter()
+        self.record.await_rank(self._in_job(peer))
         try:
             work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
             if perf_counter() - started < 0.99 * self.timeout:
                 raise self._gone(peer, what) from error
-            raise PipelineError(f"{self.here()}: {what()} within {self.timeout:g} s") from error
+            raise PipelineError(f"{self.here()}: {what()} within {self.timeout:g} s{blame(self.record)}") from error
+        self.record.await_rank(None)
 
     def here(self) -> str:
         """This rank in words: `rank 3 (stage 3 of 4)`."""
@@ -85,10 +100,14 @@ class Transport:
         stages = self._schedule.stages_of(rank)
         plural = "s" if len(stages) > 1 else ""
         listed = " and ".join(map(str, stages))
-        return f"rank {dist.get_global_rank(self.group, rank)} (stage{plural} {listed}{suffix})"
+        return f"rank {self._in_job(rank)} (stage{plural} {listed}{suffix})"
+
+    def _in_job(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank)
 
     def _gone(self, peer: int, what: Callable[[], str]) -> PipelineError:
-        return PipelineError(f"{self.here()}: {what()}: the connection to {self.name_rank(peer)} is lost")
+        seen = last_seen(self.record, self._in_job(peer))
+        return PipelineError(f"{self.here()}: {what()}: the connection to {self.name_rank(peer)} is lost{seen}")
 
 
 class OnStream:

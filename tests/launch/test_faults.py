@@ -1,0 +1,92 @@
+"""Runs that are disturbed, whoever has started them: they say what happened where, leave nothing behind, and go on."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import faults
+from tests.launch.test_train import environment, folder, losses  # noqa: F401  (a fixture)
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_a_few_faults_lose_nothing(tmp_path: Path) -> None:
+    """The benchmark with one run and two faults, of which one takes a whole time limit to be noticed."""
+    by_name = {kind.name: kind for kind in faults.KINDS}
+    kinds = [by_name["a rank stopped (SIGSTOP)"], by_name["the whole job killed in a save"]]
+    tally = faults.Tally()
+    undisturbed = faults.undisturbed_losses(tmp_path, "pipeline")
+    run = faults.prepare(tmp_path / "run", "pipeline")
+    faults.disturbed_run(run, kinds, random.Random(1), tally)
+    assert tally.faults == 2
+    assert run.losses() == undisturbed
+    assert (tally.checkpoints_lost, tally.orphans, faults.count_survivors(run.folder)) == (0, 0, 0)
+    assert re.search(
+        r"rank ([01]) is behind: it has been in the [a-z ]+( of microbatch \d on stage \1)?( in step \d+)? for \d+ s, "
+        r"and its process is stopped\. Starting again \(restart 1 of 1000\)\.",
+        run.said(),
+    ), run.said()
+
+
+WHERE = r"in the forward of microbatch 1 on stage 1"
+SENTENCES = {
+    "SIGKILL": rf"no gradient of microbatch \d arrived from rank 1 \(stage 1\): the connection to rank 1 .* is "
+    rf"lost; rank 1 was {WHERE}",
+    "SIGSTOP": rf"within 5 s; rank 1 is behind: it has been {WHERE} for \d+ s, and its process is stopped",
+}
+
+
+@pytest.mark.parametrize("fate", SENTENCES)
+def test_a_script_of_ones_own_under_torchrun_ends_and_names_the_rank(tmp_path: Path, fate: str) -> None:
+    script = Path(__file__).with_name("pipeline_script.py")
+    command = [*TORCHRUN, "--nproc-per-node", "3", str(script), fate]
+    mark = os.environ | {faults.MARK: str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=mark, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 1
+    assert re.search(SENTENCES[fate], done.stderr), done.stderr
+    assert faults.count_survivors(tmp_path) == 0
+
+
+def started_by(name: str, rank: int) -> dict[str, str]:
+    """The environment that Slurm's srun and a Kubernetes job give a task."""
+    if name == "srun":
+        return {
+            "SLURM_PROCID": str(rank),
+            "SLURM_NTASKS": "2",
+            "SLURM_LOCALID": str(rank),
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_NODELIST": "localhost",
+        }
+    port = str(20000 + os.getpid() % 10000)
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def test_ranks_of_srun_of_kubernetes_and_of_torchrun_train_alike(folder: Path) -> None:  # noqa: F811
+    given = ["tiny.yaml", "parallel.tensor=1", "train.steps=2"]
+    for name in ("srun", "kubernetes"):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "weft", "train", *given, f"name={name}"],
+                cwd=folder,
+                env=environment(folder) | started_by(name, rank) | {"GLOO_SOCKET_IFNAME": "lo"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        outputs = [process.communicate(timeout=150)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    # where restarts are allowed, a rank more than the layout takes stands by
+    command = [*TORCHRUN, "--nproc-per-node", "3", "--max-restarts", "1", "-m", "weft.launch.train", *given]
+    done = subprocess.run(
+        [*command, "name=torchrun"], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    curves = [losses(folder / "runs" / name) for name in ("srun", "kubernetes", "torchrun")]
+    assert curves[0] == curves[1] == curves[2]
+    assert len(curves[0]) == 2
