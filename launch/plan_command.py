@@ -57,7 +57,7 @@ def _plan(settings: Settings, top: int, write: Path | None, as_json: bool) -> No
     else:
         click.echo(plan_text(plan, planner, top, as_set))
     if write is not None:
-        _write(settings_with(settings, plan.fitting[0].layout), plan, write)
+        _write(settings_with(settings, plan.best.layout), plan, write)
 
 
 def _check_found(plan: Plan) -> None:

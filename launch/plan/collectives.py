@@ -5,6 +5,7 @@ fast links, and each of them carries its part over the network on a way of its o
 what an all-gather ends with, a reduce-scatter begins with, and an all-reduce has at both ends.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, log2
 
@@ -31,17 +32,17 @@ class Group:
 
 
 def all_gather_seconds(cluster: Cluster, group: Group, size: float) -> float:
-    """All-gather, or reduce-scatter, of `size` bytes: each link passes all parts but one."""
+    """All-gather, or reduce-scatter, of `size` bytes round a ring: each link passes all parts but one."""
     if group.size == 1 or size <= 0:
         return 0.0
-    inside = _ring(cluster.node, group.members, size)
-    across = _ring(cluster.network, group.nodes, size / group.members)
-    return inside + across
+    return _levels(cluster, group, size, hops=lambda members: members - 1)
 
 
 def all_reduce_seconds(cluster: Cluster, group: Group, size: float) -> float:
-    """All-reduce: a reduce-scatter and an all-gather, or a tree, whose latency grows with the logarithm only."""
-    return 2.0 * all_gather_seconds(cluster, group, size)
+    """All-reduce: a reduce-scatter and an all-gather, or up and down a tree when that has fewer hops."""
+    if group.size == 1 or size <= 0:
+        return 0.0
+    return 2.0 * _levels(cluster, group, size, hops=lambda members: min(members - 1, ceil(log2(members))))
 
 
 def all_to_all_seconds(cluster: Cluster, group: Group, size: float) -> float:
@@ -60,9 +61,14 @@ def send_seconds(cluster: Cluster, distance: int, size: float) -> float:
     return size / link.rate + link.seconds
 
 
-def _ring(link: Link, members: int, size: float) -> float:
-    """Pass `size` bytes round `members` links; long rings are cut by trees (latency of the logarithm)."""
+def _levels(cluster: Cluster, group: Group, size: float, hops: Callable[[int], int]) -> float:
+    """Inside the nodes and between them, one after the other."""
+    inside = _pass(cluster.node, group.members, size, hops)
+    return inside + _pass(cluster.network, group.nodes, size / group.members, hops)
+
+
+def _pass(link: Link, members: int, size: float, hops: Callable[[int], int]) -> float:
+    """Every member's part to all others of `members`."""
     if members == 1:
         return 0.0
-    hops = min(members - 1, 2 * ceil(log2(members)))
-    return size * (members - 1) / members / link.rate + hops * link.seconds
+    return size * (members - 1) / members / link.rate + hops(members) * link.seconds

@@ -25,7 +25,8 @@ def gemm_seconds(cluster: Cluster, precision: str, m: float, k: float, n: float,
 
 
 def attention_seconds(cluster: Cluster, precision: str, flops: float) -> float:
-    """One fused attention kernel (Dao et al. 2022, arXiv:2205.14135)."""
+    """One fused attention kernel (Dao et al. 2022, arXiv:2205.14135), which computes in half precision at least."""
+    precision = "bf16" if precision.startswith(("fp8", "fp4")) else precision
     return flops / (cluster.peak(precision) * cluster.attention_efficiency) + cluster.kernel_latency * 1e-6
 
 

@@ -37,6 +37,8 @@ def largest_part(memory: Memory) -> tuple[str, float]:
 def why_slower(candidate: Candidate, best: Candidate) -> str:
     """`31 % slower: waiting for other stages takes 21 % of the step, 4 % in the best`."""
     slower = candidate.time.total / best.time.total - 1
+    if slower <= 0:
+        return f"{-100 * slower:.1f} % faster, but needs {size_text(candidate.memory.total - best.memory.total)} more"
     own, others = candidate.time.parts, best.time.parts
     part = max(own, key=lambda name: own[name] - others[name])
     share, other = own[part] / candidate.time.total, others[part] / best.time.total

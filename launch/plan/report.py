@@ -7,7 +7,7 @@ from typing import Any
 from weft.launch.plan.breakdown import Memory, StepTime
 from weft.launch.plan.flops import hardware_flops, model_flops, palm_flops
 from weft.launch.plan.reasons import largest_part, size_text, why_slower, why_too_large
-from weft.launch.plan.search import Candidate, Plan, Planner
+from weft.launch.plan.search import TIE, Candidate, Plan, Planner
 from weft.launch.units import milliseconds_text
 
 SHOWN_LOSERS = 3
@@ -42,6 +42,7 @@ def plan_json(plan: Plan, planner: Planner, top: int, as_set: Candidate | None) 
         "considered": plan.considered,
         "fit": plan.fit_count,
         "memory_limit_bytes": plan.cluster.memory_bytes,
+        "best": candidate_json(plan, plan.best) if plan.fitting else None,
         "layouts": [candidate_json(plan, candidate) for candidate in plan.fitting[:top]],
         "others": [
             {"kind": kind, **candidate_json(plan, candidate), "reason": _reason(plan, planner, candidate)}
@@ -66,26 +67,31 @@ def nowhere_text(plan: Plan) -> str:
     kind, size = largest_part(nearest.memory)
     there = plan.cluster.memory_bytes
     return (
-        f"None of {plan.considered} layouts fits {plan.space.devices} devices of {size_text(there)}; the nearest, "
+        f"None of {plan.considered} layouts fits {_devices(plan)} of {size_text(there)}; the nearest, "
         f"{nearest.layout.label}, needs {size_text(nearest.memory.total)} ({kind} {size_text(size)}), "
         f"{size_text(nearest.memory.total - there)} more than there is on each; use more devices, or larger ones."
     )
+
+
+def _devices(plan: Plan) -> str:
+    return "1 device" if plan.space.devices == 1 else f"{plan.space.devices} devices"
 
 
 def _headline(plan: Plan) -> str:
     job = plan.space.job
     return (
         f"{plan.space.shape.parameters / 1e9:.3g} billion parameters, {job.global_batch} sequences of {job.sequence} "
-        f"tokens per step, on {plan.space.devices} devices of {size_text(plan.cluster.memory_bytes)} free: "
+        f"tokens per step, on {_devices(plan)} of {size_text(plan.cluster.memory_bytes)} free: "
         f"{plan.fit_count} of {plan.considered} layouts fit."
     )
 
 
 def _ranked(plan: Plan, top: int) -> str:
-    header = ("#", "step", "MFU", "memory", "bubble", "layout")
+    best = plan.best
+    header = ("#  ", "step", "MFU", "memory", "bubble", "layout")
     rows = [
         (
-            str(place),
+            f"{place} *" if candidate is best else f"{place}  ",
             milliseconds_text(candidate.time.total),
             f"{100 * utilization(plan, candidate)['mfu']:.1f} %",
             size_text(candidate.memory.total),
@@ -94,11 +100,12 @@ def _ranked(plan: Plan, top: int) -> str:
         )
         for place, candidate in enumerate(plan.fitting[:top], 1)
     ]
-    return _table(header, rows)
+    note = f"* the one to take: of all within {100 * TIE:.0f} % of the fastest, it has fewest microbatches."
+    return f"{_table(header, rows)}\n{note}"
 
 
 def _winner(plan: Plan) -> Iterator[str]:
-    best = plan.fitting[0]
+    best = plan.best
     yield "Time of the best\n" + _time_lines(best.time)
     yield "Memory of its fullest rank\n" + _memory_lines(best.memory)
     shares = utilization(plan, best)
@@ -147,7 +154,7 @@ def _neighbours(size: int, stride: int) -> str:
 
 
 def _losers(plan: Plan, planner: Planner, as_set: Candidate | None) -> Iterator[str]:
-    best = plan.fitting[0]
+    best = plan.best
     named = [("the layout of the settings", as_set)] if as_set is not None else []
     for name, candidate in [*named, *plan.trivial]:
         if candidate.layout != best.layout:
@@ -157,16 +164,17 @@ def _losers(plan: Plan, planner: Planner, as_set: Candidate | None) -> Iterator[
             faster = 100 * (1 - candidate.time.total / best.time.total)
             reason = why_too_large(planner, candidate)
             yield f"  {candidate.layout.label}: would be {faster:.0f} % faster, but {reason}"
-    for candidate in plan.fitting[1:4]:
+    slower = [candidate for candidate in plan.fitting if candidate.time.total > best.time.total]
+    for candidate in slower[:SHOWN_LOSERS]:
         yield f"  {candidate.layout.label}: {why_slower(candidate, best)}"
 
 
 def _reason(plan: Plan, planner: Planner, candidate: Candidate) -> str:
     if not candidate.fits(plan.cluster):
         return why_too_large(planner, candidate)
-    if not plan.fitting or candidate.time.total <= plan.fitting[0].time.total:
+    if not plan.fitting or candidate.layout == plan.best.layout:
         return "the best"
-    return why_slower(candidate, plan.fitting[0])
+    return why_slower(candidate, plan.best)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ The two steps are what keeps it quick: a closed form is within a few percent of 
 simulation is among the best hundred without.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 
@@ -18,6 +19,18 @@ from weft.launch.plan.step import step_of
 
 SIMULATED = 100
 REJECTED = 100
+TIE = 0.03  # share of a step's time that predictions do not tell apart
+
+
+def preferred(times: Sequence[float], microbatches: Sequence[int], memories: Sequence[float]) -> int:
+    """Which layout to take: of all whose time is within `TIE` of the shortest, the one with fewest microbatches.
+
+    What a simulation leaves out, launching and jitter, comes with every microbatch. Of equals, the one that needs least
+    memory.
+    """
+    limit = (1 + TIE) * min(times)
+    near = [index for index, time in enumerate(times) if time <= limit]
+    return min(near, key=lambda index: (microbatches[index], memories[index]))
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,16 @@ class Plan:
     trivial: tuple[tuple[str, Candidate], ...]
     considered: int
     fit_count: int
+
+    @property
+    def best(self) -> Candidate:
+        """The layout to take, of those that fit."""
+        index = preferred(
+            [candidate.time.total for candidate in self.fitting],
+            [candidate.layout.microbatches(self.space.job) for candidate in self.fitting],
+            [candidate.memory.total for candidate in self.fitting],
+        )
+        return self.fitting[index]
 
 
 class Planner:

@@ -49,17 +49,18 @@ def _reduced(model: Model, times: StageTimes, held: StageParameters, group: Grou
 
 
 def _sharded_seconds(model: Model, times: StageTimes, held: StageParameters, group: Group) -> float:
-    """ZeRO-3, per microbatch: parameters gathered before forward and backward, gradients scattered behind it."""
+    """ZeRO-3, for each microbatch and layer: gathered before forward and backward, gradients scattered behind it."""
     layout, recipe = model.layout, model.recipe
     size = held.total
-    gather = all_gather_seconds(model.cluster, group, recipe.parameter * size)
-    scatter = all_gather_seconds(model.cluster, group, recipe.reduced_gradient * size)
+    layers = max(1, model.shape.layers)
+    gather = layers * all_gather_seconds(model.cluster, group, recipe.parameter * size / layers)
+    scatter = layers * all_gather_seconds(model.cluster, group, recipe.reduced_gradient * size / layers)
     count = layout.microbatches(model.job)
     forward = sum(stage.forward for stage in times.stages)
     backward = sum(stage.input_gradient + stage.recompute + stage.weight_gradient for stage in times.stages)
     if not recipe.overlaps_data:
         return count * (2 * gather + scatter)
-    first = (gather + scatter) / max(1, model.shape.layers)
+    first = (gather + scatter) / layers
     return first + count * (max(0.0, gather - forward) + max(0.0, gather + scatter - backward))
 
 

@@ -11,6 +11,7 @@ from weft.launch.plan.breakdown import Memory
 from weft.launch.plan.flops import model_flops
 from weft.launch.plan.layout import Layout
 from weft.launch.plan.memory import worst_memory
+from weft.launch.plan.search import preferred
 from weft.launch.plan.step import step_time
 from weft.launch.plan.validation.describe import Case, UnknownError, describe
 from weft.launch.plan.validation.observe import observed_step
@@ -91,14 +92,14 @@ def predicted_step(case: Case) -> float:
     return step_time(case.shape, case.job, case.layout, case.recipe, case.cluster).total
 
 
-def fits_on(judged: Judged) -> bool:
-    """Whether the row is of the half that constants are fitted on: by a hash of source, model and layout.
+def half_of(judged: Judged) -> int:
+    """The half, 0 or 1, that a row is of: by a hash of source, model and layout.
 
     Rows of one job and layout are on the same side, whatever order a file has them in.
     """
     row = judged.case.row
     key = "|".join(row.text(name) for name in ("source", "model", "num_gpus", "dp", "tp", "pp", "cp", "vpp", "mbs"))
-    return hashlib.sha256(key.encode()).digest()[0] % 2 == 0
+    return hashlib.sha256(key.encode()).digest()[0] % 2
 
 
 def slowdown(rows: Iterable[Judged]) -> float:
@@ -107,10 +108,10 @@ def slowdown(rows: Iterable[Judged]) -> float:
     return median(ratios) if len(ratios) >= LEAST_TO_FIT else 1.0
 
 
-def constant_rate(rows: Iterable[Judged]) -> float | None:
-    """The naive baseline: every GPU reaches the median model FLOP/s of the rows."""
+def constant_rate(rows: Iterable[Judged]) -> float:
+    """The naive baseline: every GPU reaches the median model FLOP/s of the rows; 0 without rows."""
     rates = [judged.flop_rate for judged in rows if judged.observed]
-    return median(rates) if rates else None
+    return median(rates) if rates else 0.0
 
 
 def baseline_step(judged: Judged, rate: float) -> float:
@@ -143,7 +144,7 @@ class Sweep:
 
     Attributes:
         spearman: rank correlation of predicted and published step time.
-        regret: how much longer a step of the layout that the plan puts first took than one of the fastest.
+        regret: how much longer a step of the layout that the plan takes was than one of the fastest.
     """
 
     source: str
@@ -171,16 +172,15 @@ def sweeps(rows: Iterable[Judged]) -> list[Sweep]:
     found = []
     for key, layouts in jobs.items():
         if len(layouts) >= SWEEP:
-            pairs = [
-                (runs[0].predicted, median(run.observed for run in runs if run.observed)) for runs in layouts.values()
-            ]
-            source = next(iter(layouts.values()))[0].case.row.source
-            found.append(Sweep(source, f"{key[0]} on {key[2]}", len(pairs), spearman(pairs), _regret(pairs)))
+            first = [runs[0] for runs in layouts.values()]
+            observed = [median(run.observed for run in runs if run.observed) for runs in layouts.values()]
+            planned = [run.predicted for run in first]
+            counts = [run.case.layout.microbatches(run.case.job) for run in first]
+            taken = observed[preferred(planned, counts, [run.memory.total for run in first])]
+            pairs = list(zip(planned, observed, strict=True))
+            source = first[0].case.row.source
+            found.append(Sweep(source, f"{key[0]} on {key[2]}", len(pairs), spearman(pairs), taken / min(observed) - 1))
     return found
-
-
-def _regret(pairs: Sequence[tuple[float, float]]) -> float:
-    return min(pairs)[1] / min(observed for _, observed in pairs) - 1
 
 
 def spearman(pairs: Sequence[tuple[float, float]]) -> float:

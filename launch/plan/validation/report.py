@@ -13,7 +13,7 @@ from weft.launch.plan.validation.judge import (
     Sweep,
     baseline_step,
     constant_rate,
-    fits_on,
+    half_of,
     judge,
     slowdown,
     sweeps,
@@ -28,9 +28,9 @@ class SourceReport:
     """What is said of one source.
 
     Attributes:
-        slowdown: published over planned step time, the median of the fitted half; 1 when that is too small.
+        slowdowns: published over planned step time, the median of each half; 1 where that is too small.
         blind: errors of all rows as planned, nothing fitted.
-        fitted, naive: errors of the other half with the slowdown, and of a constant FLOP rate fitted alike.
+        fitted, naive: errors of each half with the slowdown of the other, and with the other's constant FLOP rate.
         memory: errors of the peak memory, nothing fitted.
         assumed: what rows leave out and usual values stand for, with the number of rows.
         verdicts: rows that ran out of memory, and how many of them the plan says do not fit.
@@ -38,7 +38,7 @@ class SourceReport:
 
     source: str
     rows: int
-    slowdown: float
+    slowdowns: tuple[float, float]
     blind: Errors | None
     fitted: Errors | None
     naive: Errors | None
@@ -60,17 +60,17 @@ def source_reports(rows: Sequence[Row]) -> list[SourceReport]:
 def _of_source(source: str, results: list[Judged | Skipped]) -> SourceReport:
     judged = [result for result in results if isinstance(result, Judged)]
     timed = [result for result in judged if result.observed]
-    fit, others = [one for one in timed if fits_on(one)], [one for one in timed if not fits_on(one)]
-    factor, rate = slowdown(fit), constant_rate(fit)
+    halves = [[one for one in timed if half_of(one) == half] for half in (0, 1)]
+    factors, rates = [slowdown(half) for half in halves], [constant_rate(half) for half in halves]
     sized = [one.memory.total / one.observed_memory - 1 for one in judged if one.observed_memory]
     failed = [one for one in judged if one.out_of_memory]
     return SourceReport(
         source=source,
         rows=len(results),
-        slowdown=factor,
+        slowdowns=(factors[0], factors[1]),
         blind=_errors(timed, lambda one: one.predicted),
-        fitted=_errors(others, lambda one: one.predicted * factor),
-        naive=None if rate is None else _errors(others, lambda one: baseline_step(one, rate)),
+        fitted=_errors(timed, lambda one: one.predicted * factors[1 - half_of(one)]),
+        naive=_errors(timed, lambda one: baseline_step(one, rates[1 - half_of(one)])) if all(rates) else None,
         memory=Errors.of(sized) if sized else None,
         assumed=dict(Counter(words for one in judged for words in one.case.assumed)),
         verdicts=(len(failed), sum(not one.fits for one in failed)),
@@ -98,23 +98,21 @@ def validation_text(rows: Sequence[Row]) -> str:
 def _step_table(reports: Sequence[SourceReport]) -> Iterator[str]:
     yield "### Step time\n\nErrors in percent of the published time."
     header = (
-        "source", "rows", "as planned: mean", "bias", "slowdown fitted", "other rows", "median", "mean", "90 %", "bias",
-        "constant rate: mean",
+        "source", "rows", "as planned: mean", "bias", "slowdown of either half", "fitted on the other half: median",
+        "mean", "90 %", "bias", "constant rate: mean",
     )  # fmt: skip
     lines = []
     for report in reports:
-        if report.blind is None:
+        blind, fitted, naive = report.blind, report.fitted, report.naive
+        if blind is None or fitted is None:
             continue
-        cells = [_name(report.source), str(report.blind.count), _percent(report.blind.mean), _signed(report.blind.bias)]
-        cells.append(f"{report.slowdown:.3f}" if report.slowdown != 1.0 else "–")
-        fitted, naive = report.fitted, report.naive
-        if fitted is None:
-            cells += ["0", "–", "–", "–", "–"]
+        cells = [_name(report.source), str(blind.count), _percent(blind.mean), _signed(blind.bias)]
+        if report.slowdowns == (1.0, 1.0):
+            cells += ["–"] * 5
         else:
-            cells += [str(fitted.count), _percent(fitted.median), _percent(fitted.mean), _percent(fitted.p90)]
-            cells.append(_signed(fitted.bias))
-        cells.append("–" if naive is None else _percent(naive.mean))
-        lines.append(cells)
+            cells.append(", ".join(f"{factor:.3f}" for factor in report.slowdowns))
+            cells += [_percent(fitted.median), _percent(fitted.mean), _percent(fitted.p90), _signed(fitted.bias)]
+        lines.append([*cells, "–" if naive is None else _percent(naive.mean)])
     yield _markdown(header, lines)
 
 
@@ -124,7 +122,7 @@ def _sweep_table(reports: Sequence[SourceReport]) -> Iterator[str]:
         return
     yield (
         "### Sweeps\n\nSpearman's rank correlation of predicted and published step time, and the regret: how much "
-        "longer the layout that the plan puts first took than the fastest."
+        "longer the layout that the plan takes was than the fastest."
     )
     lines = [
         [_name(sweep.source), sweep.job, str(sweep.layouts), f"{sweep.spearman:.2f}", f"{100 * sweep.regret:.1f} %"]
