@@ -19,6 +19,7 @@ _COMMANDS = {
     "schedule": "weft.launch.schedule_command:schedule_command",
     "plan": "weft.launch.plan_command:plan_command",
     "memory": "weft.launch.memory_command:memory_command",
+    "calibrate": "weft.launch.calibrate_command:calibrate_command",
     "verify": "weft.launch.verify_command:verify_command",
     "convert": "weft.launch.convert_command:convert_command",
     "generate": "weft.launch.generate_command:generate_command",

@@ -1,11 +1,11 @@
 """The loss over the steps as an SVG drawing, in colours that the page around it decides."""
 
-import io
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weft.launch.metrics import StepMetrics
+from weft.launch.svg import draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,41 +15,13 @@ Point = tuple[float, float]
 _INCHES = (5.8, 3.1)
 _MOST_POINTS = 600
 
-# matplotlib writes fixed colours; these stand for the style sheet's names and are replaced by them.
-_INK, _LINES, _TRAIN, _HELD_OUT = "#010101", "#020202", "#030303", "#040404"
-_NAMES = {_INK: "currentColor", _LINES: "var(--line)", _TRAIN: "var(--train)", _HELD_OUT: "var(--held-out)"}
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be read aloud
-    "svg.hashsalt": "weft",  # the same curve gives the same file
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _LINES,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _LINES,
-    "grid.linewidth": 0.5,
-    "xtick.color": _LINES,
-    "ytick.color": _LINES,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-}
+_TRAIN, _HELD_OUT = "#030303", "#040404"
+_COLOURS = {_TRAIN: "var(--train)", _HELD_OUT: "var(--held-out)"}
 
 
 def draw_loss_curve(metrics: Sequence[StepMetrics]) -> str:
     """Train and held-out loss in nats per token over the steps, as an `<svg>` element without a fixed size."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=_INCHES, layout="constrained")
-        _draw(figure.subplots(), metrics)
-        written = io.StringIO()
-        figure.savefig(
-            written, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    return _for_the_page(written.getvalue())
+    return draw_svg(lambda axes: _draw(axes, metrics), name="loss", inches=_INCHES, colours=_COLOURS)
 
 
 def _draw(axes: "Axes", metrics: Sequence[StepMetrics]) -> None:
@@ -72,12 +44,3 @@ def _thinned(points: list[Point]) -> list[Point]:
     size = -(-len(points) // _MOST_POINTS)
     groups = (points[start : start + size] for start in range(0, len(points), size))
     return [(fmean(step for step, _ in group), fmean(loss for _, loss in group)) for group in groups]
-
-
-def _for_the_page(svg: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    head, body = svg.split(">", 1)
-    view_box = head[head.index('viewBox="') :].split('"')[1]
-    for colour, name in _NAMES.items():
-        body = body.replace(colour, name)
-    return f'<svg viewBox="{view_box}" xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">{body}'

@@ -9,7 +9,7 @@ import click
 from weft.launch.errors import UserError
 from weft.launch.plan.ask import cluster_of, layout_as_set, settings_with, space_of
 from weft.launch.plan.report import nowhere_text, plan_json, plan_text
-from weft.launch.plan.search import Plan, Planner
+from weft.launch.plan.search import Candidate, Plan, Planner
 from weft.launch.sections import Settings
 from weft.launch.settings import check_layout, dump_settings, load_settings
 
@@ -19,6 +19,7 @@ from weft.launch.settings import check_layout, dump_settings, load_settings
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Layouts to show.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write the settings with the best layout in them.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures of the plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds.")
 @click.option("--validate", type=click.Path(path_type=Path), help="Judge the planner on a CSV file of published runs.")
 def plan_command(
@@ -26,6 +27,7 @@ def plan_command(
     overrides: tuple[str, ...],
     top: int,
     write: Path | None,
+    html: Path | None,
     as_json: bool,
     validate: Path | None,
 ) -> None:
@@ -35,16 +37,16 @@ def plan_command(
     whose device is a name or a YAML file.
     """
     if validate is not None:
-        if config is not None or write is not None:
-            raise UserError("--validate takes a CSV file alone; leave out CONFIG and --write.")
+        if config is not None or write is not None or html is not None:
+            raise UserError("--validate takes a CSV file alone; leave out CONFIG, --write and --html.")
         _validate(validate, as_json)
         return
     if config is None:
         raise UserError("weft plan needs a settings file; for example: weft plan configs/demo.yaml.")
-    _plan(load_settings(config, overrides), top, write, as_json)
+    _plan(load_settings(config, overrides), top, write, html, as_json)
 
 
-def _plan(settings: Settings, top: int, write: Path | None, as_json: bool) -> None:
+def _plan(settings: Settings, top: int, write: Path | None, html: Path | None, as_json: bool) -> None:
     cluster = cluster_of(settings)
     space = space_of(settings, cluster)
     planner = Planner(space, cluster)
@@ -56,6 +58,8 @@ def _plan(settings: Settings, top: int, write: Path | None, as_json: bool) -> No
         click.echo(json.dumps(plan_json(plan, planner, top, as_set), indent=2))
     else:
         click.echo(plan_text(plan, planner, top, as_set))
+    if html is not None:
+        _write_page(html, settings, plan, planner, top, as_set)
     if write is not None:
         _write(settings_with(settings, plan.best.layout), plan, write)
 
@@ -70,6 +74,18 @@ def _check_found(plan: Plan) -> None:
         )
     if not plan.fitting:
         raise UserError(nowhere_text(plan))
+
+
+def _write_page(
+    path: Path, settings: Settings, plan: Plan, planner: Planner, top: int, as_set: Candidate | None
+) -> None:
+    from weft.launch.plan.page import write_page
+
+    try:
+        write_page(path, plan, planner, name=settings.name, top=top, as_set=as_set)
+    except OSError as error:
+        raise UserError(f"--html {path} cannot be written ({error.strerror}); choose another path.") from error
+    click.echo(f"wrote {path}", err=True)
 
 
 def _write(settings: Settings, plan: Plan, path: Path) -> None:

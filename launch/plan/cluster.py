@@ -65,6 +65,9 @@ class Cluster(Section):
     overlaps: bool = Field(
         default=True, description="whether devices compute while they communicate; CPU cores do both"
     )
+    processors: AtLeastOne | None = Field(
+        default=None, description="CPU cores that the devices of a node are processes on, where these share them"
+    )
     reserved: NotBelow0 = Field(default=1.5, description="GiB of a device that drivers and libraries hold")
 
     def peak(self, precision: str) -> float:

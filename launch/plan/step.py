@@ -6,6 +6,7 @@ from weft.launch.plan import pipeline
 from weft.launch.plan.block import Model
 from weft.launch.plan.breakdown import StepTime
 from weft.launch.plan.cluster import Cluster
+from weft.launch.plan.cores import on_shared_cores
 from weft.launch.plan.flight import distinct_ranks, stages_of_rank
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.recipe import Recipe
@@ -32,13 +33,17 @@ def step_of(model: Model, times: StageTimes, *, simulate: bool) -> StepTime:
         run = pipeline.closed_form(layout, times, count)
     update = update_time(model, times)
     work = _fullest(model, times, count)
-    return replace(
-        work,
-        pipeline=run.sends,
-        bubble=run.bubble,
-        data=update.data,
-        optimizer=update.optimizer,
-    )
+    time = replace(work, pipeline=run.sends, bubble=run.bubble, data=update.data, optimizer=update.optimizer)
+    ranks, cores = min(layout.ranks, model.cluster.devices_per_node), model.cluster.processors
+    if cores is None or cores >= ranks:
+        return time
+    return on_shared_cores(time, average_work=_average(model, times, count), cores_per_rank=cores / ranks)
+
+
+def _average(model: Model, times: StageTimes, count: int) -> float:
+    """Seconds that a rank works, on average over the pipeline."""
+    ranks = range(model.layout.pipeline)
+    return sum(_work(times, stages_of_rank(model.layout, rank), count).total for rank in ranks) / len(ranks)
 
 
 def _fullest(model: Model, times: StageTimes, count: int) -> StepTime:

@@ -1,0 +1,126 @@
+"""A cluster, in the planner's terms, from what the ranks have measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from math import ceil, log2
+from typing import Any
+
+from weft.launch.plan.cluster import Cluster, Link
+from weft.launch.plan.flops import attention_forward
+from weft.launch.plan.layout import Job, Layout
+from weft.launch.plan.recipe import recipe_of
+from weft.launch.plan.shape import shape_of
+from weft.launch.plan.step import step_time
+from weft.launch.sections import Settings
+from weft.model.config import model_config
+
+Message = tuple[str, int, int, float]
+MOST_LATENCY = 1e5  # microseconds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the measurements are of: its name, the ranks and the CPU cores that they share, and GiB for each rank."""
+
+    name: str
+    ranks: int
+    processors: int | None
+    memory: float
+
+
+def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Settings) -> Cluster:
+    """The constants with which the planner's formulas give what was measured.
+
+    Rates are those of one rank while all are busy. The latency of a kernel and the overhead of a microbatch are what
+    training steps of 2 and of 4 layers take above the formulas: per layer, and at all.
+    """
+    config, precision = model_config(settings.model), settings.train.precision
+    peak = max(2 * m * k * n / seconds for m, k, n, seconds in measured["gemm"])
+    work, spent = (sum(column) for column in zip(*((2 * m * k * n, s) for m, k, n, s in measured["gemm"]), strict=True))
+    tokens = settings.batch.micro_size * settings.corpus.sequence_length
+    attention = tokens * attention_forward(shape_of(config), settings.corpus.sequence_length, causal=True)
+    plain = 3 * 4 * tokens * config.intermediate_size / measured["plain"]
+    link = fit_link(measured["messages"]) if measured["messages"] else Link(bandwidth=plain / 1e9)
+    cluster = Cluster(
+        source=f"weft calibrate on {machine.name}, {machine.ranks} ranks busy at once",
+        date=date.today().isoformat(),
+        peak_tflops={precision: round(peak / 1e12, 6)},
+        memory=machine.memory,
+        memory_bandwidth=round(plain / 1e9, 4),
+        devices_per_node=machine.ranks,
+        processors=machine.processors,
+        node=link,
+        network=link,
+        gemm_efficiency=round(min(1.0, work / spent / peak), 4),
+        attention_efficiency=round(min(1.0, attention / measured["attention"] / peak), 4),
+        memory_efficiency=1.0,
+        kernel_latency=0.0,
+        reserved=0.0,
+        overlaps=machine.processors is None,
+    )
+    return _with_overheads(cluster, {int(layers): seconds for layers, seconds in measured["steps"].items()}, settings)
+
+
+def fit_link(messages: Sequence[Message]) -> Link:
+    """Time per byte and per message (Hockney 1994) by least squares of the relative errors."""
+    rows = [_terms(*message) for message in messages]
+    aa, ab, bb = (sum(x * y for x, y in pairs) for pairs in _products(rows))
+    a, b = sum(row[0] for row in rows), sum(row[1] for row in rows)
+    determinant = aa * bb - ab * ab
+    per_byte, latency = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+    if latency < 0:
+        per_byte, latency = a / aa, 0.0
+    if per_byte <= 0:
+        raise ValueError("larger messages took no longer than small ones; the machine is too busy to be measured")
+    return Link(bandwidth=round(1e-9 / per_byte, 6), efficiency=1.0, latency=round(latency * 1e6, 3))
+
+
+def _terms(operation: str, ranks: int, size: int, seconds: float) -> tuple[float, float]:
+    """What multiplies the time per byte and the latency, relative to the time measured."""
+    passes = 2 if operation == "all_reduce" else 1
+    hops = min(ranks - 1, 2 * ceil(log2(ranks)))
+    return passes * size * (ranks - 1) / ranks / seconds, passes * hops / seconds
+
+
+def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], ...]:
+    return [(x, x) for x, _ in rows], list(rows), [(y, y) for _, y in rows]
+
+
+def _with_overheads(cluster: Cluster, steps: Mapping[int, float], settings: Settings) -> Cluster:
+    few, many = min(steps), max(steps)
+
+    def predicted(layers: int, **constants: float) -> float:
+        return predict(settings, cluster.model_copy(update=constants), layers)
+
+    latency = _solve(
+        lambda value: predicted(many, kernel_latency=value) - predicted(few, kernel_latency=value),
+        steps[many] - steps[few],
+    )
+    overhead = _solve(lambda value: predicted(few, kernel_latency=latency, microbatch_overhead=value), steps[few])
+    return cluster.model_copy(update={"kernel_latency": round(latency, 2), "microbatch_overhead": round(overhead, 1)})
+
+
+def predict(settings: Settings, cluster: Cluster, layers: int) -> float:
+    """Seconds of a step of the model with so many layers, a replica on each rank."""
+    config = model_config(settings.model | {"num_hidden_layers": layers})
+    data = settings.parallel.data
+    assert data != "auto"
+    return step_time(
+        shape_of(config),
+        Job(settings.batch.global_size, settings.corpus.sequence_length),
+        Layout(data=data, micro_batch=settings.batch.micro_size),
+        recipe_of(settings.train.precision, overlaps=cluster.overlaps),
+        cluster,
+    ).total
+
+
+def _solve(function: Callable[[float], float], wanted: float) -> float:
+    """The value at which a growing function is `wanted`; 0 where it is more than that from the beginning."""
+    low, high = 0.0, MOST_LATENCY
+    if function(low) >= wanted:
+        return low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < wanted else (low, middle)
+    return low

@@ -1,0 +1,158 @@
+"""One rank of `weft calibrate`: times what a step is made of, at the model's own shapes, all ranks busy at once."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.launch.engine import Engine
+from weft.launch.settings import Settings, load_settings
+from weft.launch.train import build_training_mesh
+from weft.model.config import ModelConfig, model_config
+from weft.parallel import build_mesh
+from weft.parallel.exchange import Pending, start_all_gather, start_all_reduce
+
+RESULT, SETTINGS = "measured.json", "settings.yaml"
+MESSAGES = (4 * 2**10, 256 * 2**10, 2 * 2**20)  # bytes
+LAYERS = (2, 4)
+ROUNDS, SECONDS = 5, 0.04  # of each measurement: the median of so many rounds of at least so long
+STEPS = 5
+
+
+def main(folder: str, overrides: Sequence[str]) -> None:
+    """Measure for the settings in `folder`; rank 0 writes the results there."""
+    settings = load_settings(Path(folder) / SETTINGS)
+    mesh = build_training_mesh(settings)
+    try:
+        found = _measure(settings, mesh)
+        if dist.get_rank() == 0:
+            (Path(folder) / RESULT).write_text(json.dumps(found), encoding="utf-8")
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(settings: Settings, mesh: DeviceMesh) -> dict[str, Any]:
+    config, device = model_config(settings.model), torch.device(mesh.device_type)
+    tokens = settings.batch.micro_size * settings.corpus.sequence_length
+    clock = _Clock(device)
+    gemm = [[*shape, clock.seconds(_product(shape, device))] for shape in products(config, tokens)]
+    return {
+        "gemm": gemm,
+        "busy": clock.busy,
+        "attention": clock.seconds(_attention(config, settings, device)),
+        "plain": clock.seconds(_plain(tokens, config, device)),
+        "messages": _messages(clock, device),
+        "steps": {layers: _step(settings, mesh, layers) for layers in LAYERS},
+    }
+
+
+def products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
+    """The matrix products of a block and of the head, `[m, k] × [k, n]`."""
+    query, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    pairs = [(hidden, query), (hidden, keys), (query, hidden), (hidden, intermediate), (intermediate, hidden)]
+    return [(tokens, k, n) for k, n in [*pairs, (hidden, config.vocab_size)]]
+
+
+class _Clock:
+    """Times functions on all ranks at once, and notes how much longer that takes than the CPU works."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wall = self._cpu = 0.0
+
+    @property
+    def busy(self) -> float:
+        """Wall time per CPU time so far, of the rank that waited most."""
+        return _most(self._wall / max(self._cpu, 1e-9))
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Seconds of one call: the median over rounds, the mean over ranks."""
+        function()
+        count = max(1, int(SECONDS / max(1e-7, self._round(function, 3))))
+        count = int(_most(count))
+        dist.barrier()
+        return _mean(statistics.median(self._round(function, count) for _ in range(ROUNDS)))
+
+    def _round(self, function: Callable[[], object], count: int) -> float:
+        start, cpu = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            function()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        wall = time.perf_counter() - start
+        self._wall, self._cpu = self._wall + wall, self._cpu + time.process_time() - cpu
+        return wall / count
+
+
+def _product(shape: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+    m, k, n = shape
+    x, weight = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
+    return lambda: F.linear(x, weight)
+
+
+def _attention(config: ModelConfig, settings: Settings, device: torch.device) -> Callable[[], object]:
+    rows, length = settings.batch.micro_size, settings.corpus.sequence_length
+    q = torch.randn(rows, config.num_attention_heads, length, config.head_dim, device=device)
+    k = torch.randn(rows, config.num_key_value_heads, length, config.head_dim, device=device)
+    return lambda: F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+
+def _plain(tokens: int, config: ModelConfig, device: torch.device) -> Callable[[], object]:
+    """Reads two tensors of an MLP's features and writes one."""
+    x, y = (torch.randn(tokens, config.intermediate_size, device=device) for _ in range(2))
+    return lambda: x * y
+
+
+def _messages(clock: _Clock, device: torch.device) -> list[tuple[str, int, int, float]]:
+    """Operation, ranks, bytes of the whole tensor, seconds; all groups of that size at the same time."""
+    world, found = dist.get_world_size(), []
+    for ranks in (size for size in range(2, world + 1) if world % size == 0):
+        mesh = build_mesh(data=world // ranks, tensor=ranks, device_type=device.type)["tensor"]
+        for size in MESSAGES:
+            whole = torch.zeros(size // 4 // ranks * ranks, device=device)
+            part = whole[: whole.numel() // ranks].clone()
+            calls: dict[str, Callable[[], Pending]] = {
+                "all_reduce": lambda x=whole, mesh=mesh: start_all_reduce(x, mesh, overwrite=True),  # type: ignore[misc]
+                "all_gather": lambda x=part, mesh=mesh: start_all_gather(x, mesh, 0),  # type: ignore[misc]
+            }
+            for name, start in calls.items():
+                found.append((name, ranks, size, clock.seconds(lambda start=start: start().wait())))  # type: ignore[misc]
+    return found
+
+
+def _step(settings: Settings, mesh: DeviceMesh, layers: int) -> float:
+    """Seconds of a training step of a model with so many layers, a replica on each rank."""
+    settings = settings.model_copy(update={"model": settings.model | {"num_hidden_layers": layers}})
+    engine = Engine(model_config(settings.model), settings, mesh)
+    shape = (settings.batch.global_size // mesh["data"].size(), settings.corpus.sequence_length)
+    tokens = torch.randint(engine.config.vocab_size, shape)
+    seconds = []
+    for step in range(STEPS + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        engine.step(step, tokens, tokens)
+        seconds.append(time.perf_counter() - start)
+    return _mean(statistics.median(seconds[1:]))
+
+
+def _mean(value: float) -> float:
+    return _over_ranks(value, dist.ReduceOp.SUM) / dist.get_world_size()
+
+
+def _most(value: float) -> float:
+    return _over_ranks(value, dist.ReduceOp.MAX)
+
+
+def _over_ranks(value: float, operation: Any) -> float:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(total, operation)
+    return float(total)

@@ -1,0 +1,92 @@
+"""Calibration: the fit finds the constants with which measurements were made up, and predicts them again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.launch.calibrate.fit import Machine, fit_cluster, fit_link, predict
+from weft.launch.calibrate.measure import products
+from weft.launch.cli import run
+from weft.launch.plan.cluster import Link, load_cluster
+from weft.launch.plan.collectives import Group, all_gather_seconds, all_reduce_seconds
+from weft.launch.settings import Settings, build_settings
+from weft.model.config import model_config
+
+SECONDS = {"all_reduce": all_reduce_seconds, "all_gather": all_gather_seconds}
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+    },
+    "parallel": {"data": 2},
+    "batch": {"global_size": 8, "micro_size": 2},
+    "corpus": {"sequence_length": 16},
+    "cluster": {"device": "cpu"},
+}
+
+
+def test_link_is_found_from_collectives_of_several_sizes_and_groups() -> None:
+    link = Link(bandwidth=3.0, efficiency=1.0, latency=40.0)
+    cluster = load_cluster("cpu").model_copy(update={"node": link, "devices_per_node": 8})
+    messages = [
+        (name, ranks, size, seconds(cluster, Group(ranks, 1, 8), size))
+        for name, seconds in SECONDS.items()
+        for ranks in (2, 4, 8)
+        for size in (4096, 2**18, 2**21)
+    ]
+    found = fit_link(messages)
+    assert found.bandwidth == pytest.approx(3.0, rel=1e-4)
+    assert found.latency == pytest.approx(40.0, rel=1e-4)
+
+
+def test_link_cannot_be_found_where_size_does_not_matter() -> None:
+    with pytest.raises(ValueError, match="too busy"):
+        fit_link([("all_gather", 2, 4096, 1e-2), ("all_gather", 2, 2**21, 1e-3)])
+
+
+def test_what_training_steps_took_is_predicted_again() -> None:
+    settings: Settings = build_settings(TINY)
+    shapes = products(model_config(settings.model), tokens=32)
+    measured = {
+        "gemm": [(m, k, n, 2 * m * k * n / 5e9) for m, k, n in shapes],
+        "attention": 2e-6,
+        "plain": 3 * 4 * 32 * 32 / 4e9,
+        "messages": [("all_reduce", 2, size, 1e-4 + size / 1e9) for size in (4096, 2**18, 2**21)],
+        "steps": {"2": 0.020, "4": 0.032},
+    }
+    cluster = fit_cluster(Machine("here", 2, None, 4.0), measured, settings)
+    assert cluster.peak_tflops["fp32"] == pytest.approx(0.005)
+    assert cluster.gemm_efficiency == pytest.approx(1.0)
+    assert cluster.memory_bandwidth == pytest.approx(4.0)
+    for layers, seconds in measured["steps"].items():
+        assert predict(settings, cluster, int(layers)) == pytest.approx(seconds, rel=0.02)
+
+
+def test_command_measures_this_machine_and_the_planner_reads_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path("tiny.yaml")
+    config.write_text(str(TINY).replace("'", '"'), encoding="utf-8")  # JSON is YAML
+    assert run(["calibrate", str(config), "--output", "machine.yaml"]) == 0
+    cluster = load_cluster("machine.yaml")
+    assert cluster.devices_per_node == 2
+    assert 1e-5 < cluster.peak_tflops["fp32"] < 100
+    assert cluster.node.bandwidth > 0
+    assert run(["plan", str(config), "cluster.device=machine.yaml", "cluster.devices_per_node=2"]) == 0
+    assert "layouts fit" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["machine.yaml", "tiny.yaml"]
+
+
+def test_several_nodes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(str(TINY).replace("'", '"'), encoding="utf-8")
+    assert run(["calibrate", str(config), "cluster.nodes=2"]) == 2
+    assert "cluster.nodes is 2, but one machine is measured; set it to 1." in capsys.readouterr().err
