@@ -21,7 +21,9 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,16 @@ STEPS, EVERY, TIMEOUT = 48, 4, 5
 MARK = "WEFT_FAULTS"
 LAYOUTS = ("pipeline", "data", "tensor")
 PATIENCE = 300.0
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SETTINGS: dict[str, Any] = {
     "name": "run",
-    "model": {
-        "model_type": "llama",
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-    },
+    "model": SIZES | {"model_type": "llama", "intermediate_size": 48, "max_position_embeddings": 32},
     "batch": {"global_size": 8, "micro_size": 2},
     "train": {"steps": STEPS, "timeout": TIMEOUT, "evaluate_every": 0, "evaluate_sequences": 4},
     "corpus": {"path": "text.txt", "sequence_length": 16},
@@ -57,30 +57,25 @@ class LostError(Exception):
 
 @dataclass
 class Run:
-    """One training run in a folder of its own, and the launcher that works on it now."""
+    """One training run in a folder of its own, and the `process` of the launcher that works on it now."""
 
     folder: Path
     layout: str
-    launcher: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] = field(init=False)
     damaged: list[Path] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the command, or start it again."""
         command = [sys.executable, "-m", "weft", "train", "--max-restarts", "1000", "settings.json"]
+        command += [f"parallel.{self.layout}=2"]
         with (self.folder / "output.txt").open("ab") as output:
-            self.launcher = subprocess.Popen(
-                [*command, f"parallel.{self.layout}=2"],
-                cwd=self.folder,
-                env=environment(self.folder),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=environment(self.folder), stdout=output, stderr=output
             )
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
-        assert self.launcher is not None
-        return self.launcher
+    def metrics(self) -> Path:
+        return self.folder / "runs/run/metrics.jsonl"
 
     @property
     def over(self) -> bool:
@@ -97,19 +92,16 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps that are written down."""
-        file = self.folder / "runs/run/metrics.jsonl"
-        return file.read_bytes().count(b"\n") if file.exists() else 0
+        return self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
 
     @property
     def metrics_file(self) -> int:
         """The number of the file in which steps are written down; every start of the ranks makes a new one."""
-        file = self.folder / "runs/run/metrics.jsonl"
-        return file.stat().st_ino if file.exists() else 0
+        return self.metrics.stat().st_ino if self.metrics.exists() else 0
 
     def losses(self) -> list[str]:
         """Every loss as it is written, which is every bit of it."""
-        file = self.folder / "runs/run/metrics.jsonl"
-        return [repr(json.loads(line)["loss"]) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [repr(json.loads(line)["loss"]) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -127,15 +119,8 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"XDG_CACHE_HOME": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1", MARK: str(folder)}
 
 
-# ---------------------------------------------------------------- faults
-
-
-def kill_rank(run: Run, choose: random.Random) -> None:
-    send(choose.choice(run.ranks()), signal.SIGKILL)
-
-
-def stop_rank(run: Run, choose: random.Random) -> None:
-    send(choose.choice(run.ranks()), signal.SIGSTOP)
+def strike_rank(run: Run, choose: random.Random, number: signal.Signals = signal.SIGKILL) -> None:
+    send(choose.choice(run.ranks()), number)
 
 
 def kill_launcher(run: Run, choose: random.Random) -> None:
@@ -164,23 +149,21 @@ def truncate(run: Run, choose: random.Random) -> None:
 
 
 def remove_file(run: Run, choose: random.Random) -> None:
-    damaged_file(run, choose).unlink()
+    damaged_file(run, choose, "*.safetensors").unlink()
 
 
-def damaged_file(run: Run, choose: random.Random) -> Path:
+def damaged_file(run: Run, choose: random.Random, pattern: str = "*") -> Path:
     """End the whole job, and pick a file of its newest checkpoint."""
     kill_everything(run, choose)
     run.process.wait(PATIENCE)
     count_survivors(run.folder)
     run.damaged.append(run.checkpoints[-1])
-    return choose.choice([file for file in run.checkpoints[-1].iterdir() if file.stat().st_size])
+    return choose.choice(sorted(file for file in run.checkpoints[-1].glob(pattern) if file.stat().st_size))
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
 
 
 @dataclass(frozen=True)
@@ -195,9 +178,9 @@ class Kind:
 
 
 KINDS = (
-    Kind("a rank killed", kill_rank, weight=24),
-    Kind("a rank killed in a save", kill_rank, moment="save", weight=16),
-    Kind("a rank killed while it starts", kill_rank, moment="start"),
+    Kind("a rank killed", strike_rank, weight=24),
+    Kind("a rank killed in a save", strike_rank, moment="save", weight=16),
+    Kind("a rank killed while it starts", strike_rank, moment="start"),
     Kind("the launcher killed", kill_launcher, ends_launcher=True, weight=12),
     Kind("the whole job killed", kill_everything, ends_launcher=True, weight=12),
     Kind("the whole job killed in a save", kill_everything, moment="save", ends_launcher=True, weight=12),
@@ -205,11 +188,8 @@ KINDS = (
     Kind("the job killed, then a bit of a checkpoint flipped", flip_bit, moment="saved", ends_launcher=True, weight=8),
     Kind("the job killed, then a checkpoint truncated", truncate, moment="saved", ends_launcher=True, weight=6),
     Kind("the job killed, then a checkpoint's file removed", remove_file, moment="saved", ends_launcher=True, weight=4),
-    Kind("a rank stopped (SIGSTOP)", stop_rank, weight=6),
+    Kind("a rank stopped (SIGSTOP)", partial(strike_rank, number=signal.SIGSTOP), weight=6),
 )
-
-
-# ---------------------------------------------------------------- one run
 
 
 @dataclass
@@ -222,6 +202,8 @@ class Tally:
     runs_lost: list[str] = field(default_factory=list)
     curves_unequal: int = 0
     checkpoints_lost: int = 0
+    damaged: int = 0
+    unnoticed: int = 0
     orphans: int = 0
 
     @property
@@ -236,6 +218,7 @@ def disturbed_run(run: Run, kinds: list[Kind], choose: random.Random, tally: Tal
         if not wait_for_moment(run, kind, choose):
             break  # it came to its end before
         before, began = run.checkpoints, time.monotonic()
+        said, damaged = len(run.said()), len(run.damaged)
         metrics = run.metrics_file
         kind.strike(run, choose)
         tally.struck[kind.name] += 1
@@ -244,8 +227,11 @@ def disturbed_run(run: Run, kinds: list[Kind], choose: random.Random, tally: Tal
             tally.orphans += count_survivors(run.folder)
             tally.checkpoints_lost += lost_checkpoints(run, before)
             run.start()
-        wait_for_training(run, kind, metrics)
+        wait_for_training(run, metrics)
         tally.seconds[kind.name].append(time.monotonic() - began)
+        for checkpoint in run.damaged[damaged:]:
+            tally.damaged += 1
+            tally.unnoticed += f"{checkpoint.name}" not in run.said()[said:]
     run.process.wait(PATIENCE)
     if run.process.returncode:
         raise LostError(run.said()[-2000:])
@@ -260,32 +246,34 @@ def wait_for_moment(run: Run, kind: Kind, choose: random.Random) -> bool:
     reached: Callable[[], bool] = run.saving if kind.moment == "save" else lambda: run.steps >= target
     if kind.moment == "saved":  # at least two checkpoints, since one will be damaged
         reached = lambda: run.steps >= target and len(run.checkpoints) > 1 and not run.saving()  # noqa: E731
-    if not wait_until(lambda: run.over or reached()):
-        raise LostError(f"no step for {PATIENCE:g} s\n{run.said()[-2000:]}")
-    if kind.moment == "save":
-        delay /= 20
-    time.sleep(delay)
+    wait_for(run, reached)
+    time.sleep(delay / 20 if kind.moment == "save" else delay)
     return not run.over and bool(run.ranks())
 
 
 def strike_while_starting(run: Run, choose: random.Random) -> bool:
     """Have a rank killed that has trained already, so that the next one to be killed is starting again."""
-    if not wait_until(lambda: run.over or run.steps > 0) or run.over:
+    wait_for(run, lambda: run.steps > 0)
+    if run.over:
         return False
     old = {process.pid for process in run.ranks()}
-    kill_rank(run, choose)
-    if not wait_until(lambda: run.over or bool({process.pid for process in run.ranks()} - old)):
-        raise LostError(run.said()[-2000:])
+    strike_rank(run, choose)
+    wait_for(run, lambda: bool({process.pid for process in run.ranks()} - old))
     time.sleep(choose.uniform(0.0, 3.0))
     return not run.over and bool(run.ranks())
 
 
-def wait_for_training(run: Run, kind: Kind, before: int) -> None:
+def wait_for_training(run: Run, before: int) -> None:
     """Wait until other processes than those before, which began another file of metrics, have trained a step."""
-    went_on = wait_until(lambda: run.over or run.metrics_file not in (before, 0))
+    wait_for(run, lambda: run.metrics_file not in (before, 0))
     steps = run.steps
-    if not went_on or not wait_until(lambda: run.over or run.steps > steps):
-        raise LostError(f"{kind.name}: it did not go on within {PATIENCE:g} s\n{run.said()[-2000:]}")
+    wait_for(run, lambda: run.steps > steps)
+
+
+def wait_for(run: Run, condition: Callable[[], bool]) -> None:
+    """Wait for something that a run does, unless it ends before."""
+    if not wait_until(lambda: run.over or condition()):
+        raise LostError(f"it did not go on within {PATIENCE:g} s\n{run.said()[-2000:]}")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
@@ -300,11 +288,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool
 def survivors(folder: Path) -> Iterator[psutil.Process]:
     """Processes of a run that are still there."""
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error):
             if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
-        except psutil.Error:
-            continue
 
 
 def count_survivors(folder: Path) -> int:
@@ -348,7 +334,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="weft-faults-") as folder:
         tally = strike(Path(folder), faults=options.faults, seed=options.seed, per_run=options.per_run)
     print(table(tally, options.seed))
-    return int(bool(tally.runs_lost or tally.curves_unequal or tally.checkpoints_lost or tally.orphans))
+    bad = (tally.curves_unequal, tally.checkpoints_lost, tally.unnoticed, tally.orphans)
+    return int(bool(tally.runs_lost or any(bad)))
 
 
 def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequence[Kind] = KINDS) -> Tally:
@@ -399,7 +386,8 @@ def table(tally: Tally, seed: int) -> str:
         f"| all, seed {seed} | {tally.faults} | |",
         "",
         f"{tally.runs} runs: {len(tally.runs_lost)} lost, {tally.curves_unequal} with other losses than undisturbed, "
-        f"{tally.checkpoints_lost} valid checkpoints lost, {tally.orphans} orphan processes.",
+        f"{tally.checkpoints_lost} valid checkpoints lost, {tally.unnoticed} of {tally.damaged} damaged not named, "
+        f"{tally.orphans} orphan processes.",
         *tally.runs_lost,
     ]
     return "\n".join(lines)
