@@ -144,7 +144,7 @@ class Agent(LocalElasticAgent):
         self._looked = time.monotonic()
         records = read_records(self._logs.current)
         if any(_hangs(record, self._looked, self._limit) for record in records):
-            self._hung = describe(records, now=self._looked).removeprefix("; ")
+            self._hung = describe(records, now=self._looked).removeprefix("; ").capitalize()
             self.kill()
         elif self._bulletin is not None and self._bulletin.tells_of_failure():
             self.kill()
