@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from pydantic import ValidationError
 
 from weft.launch.errors import RunError, UserError
-from weft.launch.saved_run import SavedRun
+from weft.launch.saved_run import SavedRun, find_checkpoints, is_readable, read_run, step_of
 from weft.launch.saved_state import SavedState
 from weft.launch.sections import CheckpointSettings
 from weft.parallel.checkpoint import (
@@ -20,13 +19,11 @@ from weft.parallel.checkpoint import (
     Save,
     SaveError,
     load_checkpoint,
-    read_manifest,
 )
 from weft.parallel.checkpoint.files import remove
 from weft.parallel.checkpoint.load import together
 
-_NAME = re.compile(r"step-([0-9]{8,})(\.old)?")
-_LEFTOVER = re.compile(r"\.step-[0-9]{8,}(\.old)?\.(part|trash)")
+_LEFTOVER = re.compile(r"\.step-[0-9]{8,18}(\.old)?\.(part|trash)")
 
 
 def say_on_rank_0(text: str) -> None:
@@ -157,40 +154,6 @@ class Checkpoints:
                 remove(path)
             except OSError as error:
                 self.say(f"{path} cannot be removed ({error.strerror}); it is no longer needed")
-
-
-def find_checkpoints(directory: Path) -> list[Path]:
-    """The finished checkpoints of a directory, oldest first."""
-    found = [path.parent for path in directory.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(path.parent.name)]
-    return sorted(found, key=lambda path: (step_of(path), path.suffix != ".old"))
-
-
-def step_of(path: Path) -> int:
-    """The number of steps in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else 0
-
-
-def is_readable(path: Path) -> bool:
-    """Whether the checkpoint has a manifest that can be trusted."""
-    try:
-        read_manifest(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def read_run(path: Path) -> SavedRun:
-    """What a checkpoint says of the run that it is from.
-
-    Raises:
-        CheckpointError: it says nothing, or its manifest is damaged.
-    """
-    try:
-        return SavedRun.model_validate(read_manifest(path).metadata)
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))[:60]
-        raise CheckpointError(f"{path} does not say of its run: {key}; choose another checkpoint") from None
 
 
 def checkpoints_to_resume(settings: CheckpointSettings) -> list[Path]:

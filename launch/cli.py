@@ -20,6 +20,7 @@ _COMMANDS = {
     "plan": "weft.launch.plan_command:plan_command",
     "memory": "weft.launch.memory_command:memory_command",
     "calibrate": "weft.launch.calibrate_command:calibrate_command",
+    "checkpoint": "weft.launch.checkpoint_command:checkpoint_command",
     "verify": "weft.launch.verify_command:verify_command",
     "convert": "weft.launch.convert_command:convert_command",
     "generate": "weft.launch.generate_command:generate_command",

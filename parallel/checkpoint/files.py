@@ -7,11 +7,13 @@ import errno
 import os
 import shutil
 import stat
+import zlib
 from pathlib import Path
 
 WORK_SUFFIX = ".part"
 OLD_SUFFIX = ".old"
 TRASH_SUFFIX = ".trash"
+CHUNK = 2**20
 
 
 def work_directory(directory: Path) -> Path:
@@ -129,3 +131,47 @@ def read_into(descriptor: int, target: bytearray | memoryview, begin: int) -> No
         if not count:
             raise OSError(errno.EIO, "it ends too early")
         left, begin = left[count:], begin + count
+
+
+def checksum_of(path: Path, *, from_disk: bool = False) -> int:
+    """The CRC-32 of a file, read in chunks; `from_disk` leaves out what the system still holds of it in memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = open_regular(path)
+    try:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        checksum, chunk = 0, bytearray(CHUNK)
+        while count := os.readv(descriptor, [chunk]):
+            checksum = zlib.crc32(memoryview(chunk)[:count], checksum)
+        return checksum
+    finally:
+        os.close(descriptor)
+
+
+def check_safetensors(descriptor: int) -> None:
+    """Check that a file begins as safetensors files do: the length of a JSON header, and the header.
+
+    Raises:
+        OSError: it does not.
+    """
+    start = os.pread(descriptor, 9, 0)
+    if start[8:] != b"{" or int.from_bytes(start[:8], "little") > os.fstat(descriptor).st_size - 8:
+        raise OSError("it is not a safetensors file")
+
+
+def looks_pickled(path: Path) -> bool:
+    """Whether a file has the name or the first bytes of a pickle, which can run code when it is loaded."""
+    if path.name.endswith((".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".distcp", ".metadata")):
+        return True
+    try:
+        descriptor = open_regular(path)
+    except OSError:
+        return False
+    try:
+        start = os.pread(descriptor, 4, 0)
+    finally:
+        os.close(descriptor)
+    return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))

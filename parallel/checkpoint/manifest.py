@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from weft.parallel.checkpoint.boxes import Box, whole
 from weft.parallel.checkpoint.errors import CheckpointError
-from weft.parallel.checkpoint.files import read_regular
+from weft.parallel.checkpoint.files import looks_pickled, read_regular
 
 FORMAT: Final = 2
 MANIFEST = "manifest.json"
@@ -134,9 +134,18 @@ def read_manifest(directory: Path) -> Manifest:
     if f"{zlib.crc32(_without_checksum(data)):08x}".encode() != found[1]:
         raise CheckpointError(f"{path} is damaged: its checksum is not its own; choose another checkpoint")
     try:
-        return Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not to be trusted ({_first(error)}); choose another checkpoint") from None
+    pickled = next((path for path in unlisted_files(directory, manifest) if looks_pickled(path)), None)
+    if pickled is not None:
+        raise CheckpointError(f"{pickled} is a pickle, which weft never writes; choose another checkpoint")
+    return manifest
+
+
+def unlisted_files(directory: Path, manifest: Manifest) -> list[Path]:
+    """What lies in a checkpoint beside the files of its manifest."""
+    return sorted(path for path in directory.iterdir() if path.name != MANIFEST and path.name not in manifest.files)
 
 
 def manifest_text(metadata: Mapping[str, Any], files: Mapping[str, Any], tensors: Mapping[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from weft.parallel.checkpoint.manifest import MANIFEST, manifest_text, read_mani
 from weft.parallel.checkpoint.shard_file import write_shard
 
 _BACKGROUND_NICENESS = 10
+Part = dict[str, Any]
 _PATIENCE = 2.0  # seconds between two looks at whether all ranks have written
 
 
@@ -53,7 +54,7 @@ class Save:
         self.directory = directory
         self._metadata = dict(metadata)
         self._work = work_directory(directory)
-        self._written: dict[str, Any] = {"files": {}, "tensors": {}}
+        self._written: Part = {"files": {}, "tensors": {}}
         self._error: str | None = None
         self._device = mesh.device_type
         pieces = own_pieces(list(entries), mesh)
@@ -85,7 +86,7 @@ class Save:
         own = (self._written, self._error)
         gathered: list[Any] = [own] * size if rank == 0 else []
         dist.gather_object(own, gathered if rank == 0 else None)
-        outcome: list[str | None] = [self._publish(gathered) if rank == 0 else None]
+        outcome: list[str | None] = [_assembled(self.directory, self._metadata, gathered) if rank == 0 else None]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] is not None:
             raise SaveError(outcome[0])
@@ -100,28 +101,39 @@ class Save:
         except OSError as error:
             self._error = _words(error)
 
-    def _publish(self, parts: Sequence[tuple[dict[str, Any], str | None]]) -> str | None:
-        """Make the checkpoint count; returns what went wrong."""
-        error = next((error for _, error in parts if error is not None), None)
-        if error is None:
-            try:
-                files, tensors = _merge([part for part, _ in parts])
-                remove_strangers(self._work, set(files))
-                write_synced(self._work / MANIFEST, manifest_text(self._metadata, files, tensors))
-                read_manifest(self._work)
-                publish(self.directory)
-            except (OSError, CheckpointError) as caught:
-                error = _words(caught)
-        if error is not None:
-            shutil.rmtree(self._work, ignore_errors=True)
-        return error
+
+def assemble(directory: Path, metadata: Mapping[str, Any], parts: Sequence[Part]) -> None:
+    """Make a checkpoint of the files in its work directory, of which `write_shard` has told `parts`.
+
+    Raises:
+        OSError, CheckpointError: the manifest could not be written, or not as it was meant; nothing has changed.
+    """
+    work = work_directory(directory)
+    files, tensors = _merge(parts)
+    remove_strangers(work, set(files))
+    write_synced(work / MANIFEST, manifest_text(metadata, files, tensors))
+    read_manifest(work)
+    publish(directory)
+
+
+def _assembled(directory: Path, metadata: Mapping[str, Any], parts: Sequence[tuple[Part, str | None]]) -> str | None:
+    """Assemble the checkpoint when all ranks have written; returns what went wrong, of which nothing is left."""
+    error = next((error for _, error in parts if error is not None), None)
+    if error is None:
+        try:
+            assemble(directory, metadata, [part for part, _ in parts])
+        except (OSError, CheckpointError) as caught:
+            error = _words(caught)
+    if error is not None:
+        shutil.rmtree(work_directory(directory), ignore_errors=True)
+    return error
 
 
 def _copy_to_host(view: Tensor) -> Tensor:
     return torch.empty(view.shape, dtype=view.dtype).copy_(view)
 
 
-def _merge(parts: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _merge(parts: Iterable[Part]) -> tuple[dict[str, Any], dict[str, Any]]:
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in parts:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from weft.parallel.checkpoint.boxes import Box
 from weft.parallel.checkpoint.errors import CheckpointError
-from weft.parallel.checkpoint.files import create, open_regular, read_into, write_all
+from weft.parallel.checkpoint.files import check_safetensors, checksum_of, create, open_regular, read_into, write_all
 from weft.parallel.checkpoint.manifest import ITEM_BYTES, Manifest, PieceRecord
 
-CHUNK = 2**20
 _SAFETENSORS_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -72,24 +71,6 @@ def write_shard(path: Path, pieces: Sequence[NamedPiece]) -> dict[str, Any]:
     return {"files": {path.name: {"bytes": size, "crc32": f"{checksum:08x}"}}, "tensors": tensors}
 
 
-def checksum_of(path: Path, *, from_disk: bool = False) -> int:
-    """The CRC-32 of a file, read in chunks; `from_disk` leaves out what the system still holds of it in memory.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    descriptor = open_regular(path)
-    try:
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        checksum, chunk = 0, bytearray(CHUNK)
-        while count := os.readv(descriptor, [chunk]):
-            checksum = zlib.crc32(memoryview(chunk)[:count], checksum)
-        return checksum
-    finally:
-        os.close(descriptor)
-
-
 class PieceReader:
     """Reads pieces, each checked by its own checksum; `bytes_read` counts."""
 
@@ -97,13 +78,19 @@ class PieceReader:
         self.bytes_read = 0
         self._directory, self._manifest = directory, manifest
         self._open: tuple[str, int] | None = None
+        self._latest: tuple[PieceRecord, Tensor] | None = None
 
     def read(self, tensor: str, piece: PieceRecord) -> Tensor:
-        """The piece as a tensor of its shape.
+        """The piece as a tensor of its shape, which is not to be changed: the latest one is kept.
 
         Raises:
             CheckpointError: the file is missing or damaged.
         """
+        if self._latest is None or self._latest[0] is not piece:
+            self._latest = (piece, self._read(tensor, piece))
+        return self._latest[1]
+
+    def _read(self, tensor: str, piece: PieceRecord) -> Tensor:
         data = bytearray(piece.bytes)
         path = self._directory / piece.file
         try:
@@ -128,6 +115,7 @@ class PieceReader:
         self._open = (file, descriptor)
         if os.fstat(descriptor).st_size != self._manifest.files[file].bytes:
             raise OSError("its size is not the manifest's")
+        check_safetensors(descriptor)
         return descriptor
 
     def close(self) -> None:
