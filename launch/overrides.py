@@ -23,6 +23,7 @@ _SCALARS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
+_MOST_VALUES, _LONGEST_TEXT = 10_000, 4096
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,15 +58,36 @@ def read_yaml(text: str, source: str) -> Any:
     """The value that the YAML `text` holds.
 
     Raises:
-        UserError: `text` is not YAML, or a mapping has a key twice; names `source` and the line.
+        UserError: `text` is not YAML, a mapping has a key twice, or it is far too large; names `source` and the line.
     """
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        _check_size(value, source)
+        return value
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply; settings have a few levels.") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line} is not valid YAML: {error.problem}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _check_size(value: Any, source: str) -> None:
+    """Refuse what a few lines can grow into: an alias that stands for itself, or for thousands of others."""
+    found, left = 0, [value]
+    while left:
+        part = left.pop()
+        found += 1
+        if found > _MOST_VALUES or (isinstance(part, str) and len(part) > _LONGEST_TEXT):
+            raise UserError(
+                f"{source} holds more than {_MOST_VALUES:,} values or a text of over {_LONGEST_TEXT:,} characters; "
+                "settings are a few dozen lines."
+            )
+        if isinstance(part, dict):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            left += part
 
 
 def write_yaml(value: Any) -> str:

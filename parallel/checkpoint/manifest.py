@@ -5,6 +5,7 @@ anything is opened or allocated. It is plain JSON, which cannot name code, and i
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        data = read_regular(path, LARGEST_MANIFEST)
+        data, names = read_regular(path, LARGEST_MANIFEST), sorted(os.listdir(directory))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); choose another checkpoint") from None
     found = _SELF_CHECK.match(data)
@@ -137,15 +138,10 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not to be trusted ({_first(error)}); choose another checkpoint") from None
-    pickled = next((path for path in unlisted_files(directory, manifest) if looks_pickled(path)), None)
+    pickled = next((n for n in names if n not in manifest.files and looks_pickled(directory / n)), None)
     if pickled is not None:
-        raise CheckpointError(f"{pickled} is a pickle, which weft never writes; choose another checkpoint")
+        raise CheckpointError(f"{directory / pickled} is a pickle, which weft never writes; choose another checkpoint")
     return manifest
-
-
-def unlisted_files(directory: Path, manifest: Manifest) -> list[Path]:
-    """What lies in a checkpoint beside the files of its manifest."""
-    return sorted(path for path in directory.iterdir() if path.name != MANIFEST and path.name not in manifest.files)
 
 
 def manifest_text(metadata: Mapping[str, Any], files: Mapping[str, Any], tensors: Mapping[str, Any]) -> bytes:

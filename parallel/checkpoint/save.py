@@ -55,8 +55,8 @@ class Save:
         self._metadata = dict(metadata)
         self._work = work_directory(directory)
         self._written: Part = {"files": {}, "tensors": {}}
-        self._error: str | None = None
-        self._device = mesh.device_type
+        self._error: str | None = "the thread that writes it ended too early"
+        self._device, self._rank = mesh.device_type, dist.get_rank()
         pieces = own_pieces(list(entries), mesh)
         if copy:
             pieces = [piece._replace(view=_copy_to_host(piece.view)) for piece in pieces]
@@ -82,7 +82,7 @@ class Save:
         """
         while self.writing_anywhere(_PATIENCE):
             pass  # however slow the disk, no communication lasts longer than its time limit
-        rank, size = dist.get_rank(), dist.get_world_size()
+        rank, size = self._rank, dist.get_world_size()
         own = (self._written, self._error)
         gathered: list[Any] = [own] * size if rank == 0 else []
         dist.gather_object(own, gathered if rank == 0 else None)
@@ -97,8 +97,9 @@ class Save:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
             self._work.mkdir(parents=True, exist_ok=True)
             if pieces:
-                self._written = write_shard(self._work / f"rank-{dist.get_rank():05d}.safetensors", pieces)
-        except OSError as error:
+                self._written = write_shard(self._work / f"rank-{self._rank:05d}.safetensors", pieces)
+            self._error = None
+        except Exception as error:  # of whatever kind: the ranks must not count a part that is not there
             self._error = _words(error)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from weft.parallel.checkpoint.errors import CheckpointError
 from weft.parallel.checkpoint.files import checksum_of
-from weft.parallel.checkpoint.manifest import read_manifest, unlisted_files
+from weft.parallel.checkpoint.manifest import MANIFEST, read_manifest
 
 
 def problems_of(directory: Path) -> Iterator[str]:
@@ -25,5 +25,6 @@ def problems_of(directory: Path) -> Iterator[str]:
                 yield f"{path} is damaged: its checksum is not the manifest's"
         except OSError as error:
             yield f"{path} cannot be read ({error.strerror or error})"
-    for path in unlisted_files(directory, manifest):
-        yield f"{path} is not listed in the manifest"
+    for path in sorted(directory.iterdir()):
+        if path.name != MANIFEST and path.name not in manifest.files:
+            yield f"{path} is not listed in the manifest"
