@@ -85,6 +85,8 @@ class TensorRecord(_Record):
                 return f"has a piece in {piece.file}, which is not listed"
             if piece.begin + piece.bytes > files[piece.file].bytes:
                 return f"has a piece beyond the end of {piece.file}"
+        if len({piece.offset for piece in self.pieces}) != len(self.pieces):
+            return "has two pieces in one place"
         if sum(piece.box.size for piece in self.pieces) != prod(self.shape):
             return "has pieces that do not make up its shape"
         return None

@@ -24,12 +24,13 @@ LAYOUTS: dict[Axes, dict[str, Any]] = {
     (1, 1, 2): {"sequence_parallel": True},
     (1, 1, 4): {"sequence_parallel": False},
     (1, 2, 1): {},
-    (2, 1, 1): {"schedule": "gpipe"},
+    (2, 1, 1): {"schedule": "interleaved", "stages_per_rank": 2},
     (2, 1, 2): {"split": [3, 1]},
     (4, 1, 1): {},
     (2, 2, 1): {},
+    (1, 4, 1): {},
 }
-SAVED_AFTER, STEPS = 2, 4
+SAVED_AFTER, STEPS = 2, 5
 
 
 def build(axes: Axes, directory: Path, *, tied: bool = False, layers: int = 4) -> tuple[Engine, Checkpoints]:
@@ -51,7 +52,7 @@ def build(axes: Axes, directory: Path, *, tied: bool = False, layers: int = 4) -
             "name": "saved",
             "model": model,
             "parallel": {"pipeline": pipeline, "data": data, "tensor": tensor, **LAYOUTS[axes]},
-            "batch": {"global_size": 8, "micro_size": 2},
+            "batch": {"global_size": 8, "micro_size": 2 if data > 1 else 4},
             "train": {"steps": STEPS},
             "corpus": {"sequence_length": 8},
             "checkpoint": {"directory": str(directory), "keep": 2},
@@ -83,8 +84,10 @@ def save_and_go_on(axes: Axes, directory: Path, tied: bool) -> list[tuple[float,
 
 def restore_and_go_on(layouts: list[Axes], axes: Axes, root: Path, tied: bool) -> list[list[tuple[float, float]]]:
     results = []
+    engine, checkpoints = build(axes, root, tied=tied)
     for saved in layouts:
-        engine, checkpoints = build(axes, root / name(saved), tied=tied)
+        checkpoints.directory = root / name(saved)
+        checkpoints.settings = checkpoints.settings.model_copy(update={"directory": str(checkpoints.directory)})
         resumed = checkpoints.resume()
         assert resumed is not None
         assert (resumed[1].step, resumed[1].samples) == (SAVED_AFTER, 16)
@@ -111,7 +114,7 @@ def test_every_layout_goes_on_from_every_other(pool: Pool, tmp_path: Path, layou
         axes: pool.run(ranks(axes), save_and_go_on, axes, tmp_path / name(axes), tied)[0] for axes in layouts
     }
     for axes in layouts:
-        resumed = pool.run(ranks(axes), restore_and_go_on, layouts, axes, tmp_path, tied)[0]
+        resumed = pool.run(ranks(axes), restore_and_go_on, layouts, axes, tmp_path, tied, timeout=200)[0]
         for saved, results in zip(layouts, resumed, strict=True):
             if saved == axes:
                 assert results == uninterrupted[axes], f"{axes} does not go on to the bit"

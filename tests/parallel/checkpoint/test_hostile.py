@@ -103,6 +103,7 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m["tensors"]["model/scale"].update(shape=[10**100]), "not to be trusted"),
     (lambda m: m["tensors"]["model/scale"].update(dtype="os.system"), "unknown dtype"),
     (lambda m: m["tensors"]["model/scale"].update(pieces=[]), "do not make up its shape"),
+    (lambda m: m["tensors"]["model/scale"]["pieces"].append(m["tensors"]["model/scale"]["pieces"][0]), "in one place"),
     (lambda m: m["tensors"]["model/scale"].update(code="import os"), "not to be trusted"),
     (lambda m: m.update(format=99), "not to be trusted"),
     (lambda m: m.update(metadata=[]), "not to be trusted"),
