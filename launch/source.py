@@ -91,7 +91,7 @@ def open_source(path: str, overrides: Sequence[str] = ()) -> Source:
 def _newest(folder: Path) -> Path | None:
     if (folder / MANIFEST).is_file():
         return folder
-    from weft.launch.checkpoints import find_checkpoints
+    from weft.launch.saved_run import find_checkpoints
 
     for place in (folder, folder / "checkpoints", _named_in_config(folder)):
         if place is not None and place.is_dir():
