@@ -55,11 +55,12 @@ def verify_command(paths: tuple[Path, ...]) -> None:
         raise RunError(f"{damaged} damaged; weft train goes on from the newest that is whole.")
 
 
-@checkpoint_command.command("inspect", epilog="Example:  weft checkpoint inspect runs/demo/checkpoints/step-00000120")
+@checkpoint_command.command("inspect", epilog="Example:  weft checkpoint inspect runs/demo/checkpoints")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_text", is_flag=True, help="Print JSON instead of tables.")
 def inspect_command(path: Path, as_text: bool) -> None:
-    """Show the run, the files and the tensors of the checkpoint PATH."""
+    """Show the run, the files and the tensors of the checkpoint PATH, or of the newest in the folder PATH."""
+    path = _checkpoints(path)[-1]
     try:
         manifest, run = read_manifest(path), read_run(path)
     except CheckpointError as error:
@@ -78,20 +79,20 @@ def inspect_command(path: Path, as_text: bool) -> None:
 
 
 @checkpoint_command.command(
-    "reshard", epilog="Example:  weft checkpoint reshard step-00000120 step-tensor-2 parallel.tensor=2"
+    "reshard", epilog="Example:  weft checkpoint reshard runs/demo/checkpoints resharded parallel.tensor=4"
 )
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def reshard_command(source: Path, destination: Path, overrides: tuple[str, ...]) -> None:
-    """Write the checkpoint SOURCE as DESTINATION, in another layout.
+    """Write the checkpoint SOURCE, or the newest in the folder SOURCE, as DESTINATION, in another layout.
 
     Each KEY=VALUE replaces one of the settings that SOURCE was saved with. Any layout loads any checkpoint; files that
     match the ranks are read in one go each.
     """
     from weft.launch.reshard import reshard
 
-    read = reshard(source, destination, overrides)
+    read = reshard(_checkpoints(source)[-1], destination, overrides)
     click.echo(f"wrote {destination}, {bytes_text(read)}")
 
 

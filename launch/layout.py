@@ -9,6 +9,9 @@ from weft.parallel.tensor.divide import listed
 if TYPE_CHECKING:
     from weft.model.config import ModelConfig
 
+MOST_MICROBATCHES = 100_000
+"""Of a step: a schedule is a table with a few entries for each."""
+
 
 def model_ranks(settings: Settings) -> int:
     """Ranks that hold one replica of the model: pipeline x context x tensor."""
@@ -52,6 +55,11 @@ def microbatches(settings: Settings, world_size: int) -> int:
         raise UserError(
             f"batch.global_size is {size}, which does not divide by data {replicas} × batch.micro_size "
             f"{settings.batch.micro_size} = {share}; the nearest sizes that do: {listed(nearest)}."
+        )
+    if size // share > MOST_MICROBATCHES:
+        raise UserError(
+            f"batch.global_size is {size}, which is {size // share} microbatches of each replica; a step has at most "
+            f"{MOST_MICROBATCHES}; choose fewer sequences, or a larger batch.micro_size."
         )
     return size // share
 

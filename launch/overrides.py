@@ -23,7 +23,7 @@ _SCALARS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
-_MOST_VALUES, _LONGEST_TEXT = 10_000, 4096
+_MOST_VALUES, _LONGEST_TEXT, _DEEPEST = 10_000, 4096, 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,6 +61,7 @@ def read_yaml(text: str, source: str) -> Any:
         UserError: `text` is not YAML, a mapping has a key twice, or it is far too large; names `source` and the line.
     """
     try:
+        _check_nesting(text)
         value = yaml.load(text, _Loader)
         _check_size(value, source)
         return value
@@ -71,6 +72,15 @@ def read_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}{line} is not valid YAML: {error.problem}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _check_nesting(text: str) -> None:
+    """Refuse text with more open brackets than settings can have, over which the parser would take very long."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        if depth > _DEEPEST:
+            raise RecursionError
 
 
 def _check_size(value: Any, source: str) -> None:

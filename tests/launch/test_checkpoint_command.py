@@ -48,7 +48,7 @@ def content(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
 def test_list_and_inspect_tell_what_is_saved(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["checkpoint", "list", str(saved)]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == [STEP, "2", "128"]
-    assert run(["checkpoint", "inspect", str(saved / STEP)]) == 0
+    assert run(["checkpoint", "inspect", str(saved)]) == 0
     shown = capsys.readouterr().out
     assert "step 2, 16 samples, 128 tokens, seed 1234" in shown
     assert "model/norm.weight" in shown
@@ -98,7 +98,7 @@ def test_reshard_writes_what_the_ranks_of_the_other_layout_would_have_written(
     ("arguments", "status", "sentence"),
     [
         (["list", "{empty}"], 2, "holds no checkpoint; give a checkpoint, or a folder of checkpoints."),
-        (["inspect", "{empty}"], 2, "cannot be read (No such file or directory); choose another checkpoint."),
+        (["inspect", "{empty}"], 2, "holds no checkpoint; give a checkpoint, or a folder of checkpoints."),
         (["reshard", "{saved}", "{empty}"], 2, "exists; choose another destination."),
         (["reshard", "{saved}", "{empty}/x", "parallel.tensor=3"], 2, "attention heads do not divide over tensor 3"),
         (["reshard", "{saved}", "/proc/x/y"], 1, "/proc/x/y cannot be written (No such file or directory)"),

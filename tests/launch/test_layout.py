@@ -60,6 +60,7 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"parallel": {"tensor": 4, "pipeline": 2}}, 4, ["is 8", "world of 4", "choose tensor 1 or 2"]),
         ({"parallel": {"pipeline": 5}}, 4, ["is 5", "world of 4", "choose sizes whose product does"]),
         ({"batch": {"global_size": 30, "micro_size": 4}}, 2, ["global_size is 30", "data 2 ×", "= 8", "24 or 32"]),
+        ({"batch": {"global_size": 10**15}}, 1, ["global_size is 10", "at most 100000", "larger batch.micro_size"]),
         ({"batch": {"global_size": 3, "micro_size": 4}}, 1, ["global_size is 3", "that do: 4"]),
         ({"parallel": {"tensor": 4}}, 4, ["parallel.tensor is 4", "6 attention heads", "choose 1, 2"]),
         ({"model": {"intermediate_size": 97}, "parallel": {"tensor": 2}}, 2, ["intermediate_size 97", "tensor 2"]),

@@ -1,0 +1,210 @@
+"""What a save costs the steps around it, and how many bytes a load in another layout reads.
+
+    python benchmarks/checkpoints.py                     # 1 GB of weights and optimiser state
+    python benchmarks/checkpoints.py --hidden 256 --steps 4 --rounds 1
+
+A Llama is trained on two ranks (tensor 2) over gloo, each with one thread. Blocks of steps with one save in each
+alternate with blocks without: weft in the background and at once, and torch's Distributed Checkpoint (its plain file
+storage) with the same tensors, at once and in the background. Then the checkpoint is saved by tensor 4 and loaded by
+tensor 2 × pipeline 2; the bytes read are those that the system counts.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from weft.launch.engine import Engine
+from weft.launch.saved_state import EngineState
+from weft.launch.settings import build_settings
+from weft.model.config import model_config
+from weft.parallel import build_mesh
+from weft.parallel.checkpoint import Save, load_checkpoint, save_checkpoint
+
+SEQUENCE, ROWS = 64, 4
+
+
+def build(hidden: int, *, tensor: int, pipeline: int) -> Engine:
+    """Eight layers; hidden 896 makes 87 million parameters, 1 GB with both moments."""
+    model = {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": 8 if hidden > 800 else 4,
+        "num_attention_heads": 16,
+        "max_position_embeddings": SEQUENCE,
+    }
+    settings = build_settings(
+        {
+            "name": "checkpoints",
+            "model": model,
+            "parallel": {"pipeline": pipeline, "tensor": tensor, "data": 1},
+            "batch": {"global_size": ROWS, "micro_size": 2},
+            "corpus": {"sequence_length": SEQUENCE},
+        }
+    )
+    return Engine(model_config(model), settings, build_mesh(pipeline=pipeline, tensor=tensor))
+
+
+def train(engine: Engine, steps: int, after: Callable[[], None] | None = None) -> float:
+    """Seconds of so many steps; `after` each of them, as a training loop does."""
+    tokens = torch.randint(0, 4096, (ROWS, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+    dist.barrier()
+    start = time.perf_counter()
+    for step in range(steps):
+        engine.step(step, tokens[:, :-1], tokens[:, 1:])
+        if after is not None:
+            after()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+class Blocks:
+    """Blocks of steps, one kind of save at the start of each."""
+
+    def __init__(self, engine: Engine, steps: int, folder: Path) -> None:
+        self.engine, self.steps, self.folder = engine, steps, folder
+        self.state = EngineState(engine)
+        self.kinds: dict[str, Callable[[], float]] = {
+            "no save": lambda: train(engine, steps),
+            "weft, in the background": self._background,
+            "weft, at once": lambda: self._at_once(self._save),
+            "Distributed Checkpoint, in the background": self._dcp_background,
+            "Distributed Checkpoint, at once": lambda: self._at_once(self._dcp_save),
+        }
+
+    def _background(self) -> float:
+        start = time.perf_counter()
+        save = Save(self.folder / "weft", self.state.entries(), {}, self.engine.mesh)
+        begun = time.perf_counter() - start
+        left = [save]
+
+        def look() -> None:
+            if left and not save.writing_anywhere():
+                left.pop().finish()
+
+        seconds = begun + train(self.engine, self.steps, look)
+        assert not left, "the block ended before the write; take more --steps"
+        return seconds
+
+    def _at_once(self, save: Callable[[], None]) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        save()
+        return time.perf_counter() - start + train(self.engine, self.steps)
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder / "weft", self.state.entries(), {}, self.engine.mesh)
+
+    def _tensors(self) -> dict[str, Any]:
+        """What this rank holds, under names of its own, so that each rank writes its part."""
+        return {f"{entry.name}@{dist.get_rank()}": entry.tensor.detach() for entry in self.state.entries()}
+
+    def _dcp_save(self) -> None:
+        dcp.save(self._tensors(), checkpoint_id=self.folder / "dcp")
+
+    def _dcp_background(self) -> float:
+        start = time.perf_counter()
+        future = dcp.async_save(self._tensors(), checkpoint_id=self.folder / "dcp")
+        seconds = time.perf_counter() - start + train(self.engine, self.steps)
+        start = time.perf_counter()
+        future.result()  # type: ignore[union-attr]
+        return seconds + time.perf_counter() - start
+
+
+def time_saves(hidden: int, steps: int, rounds: int, folder: str) -> dict[str, list[float]]:
+    """Seconds of the blocks of each kind, and the bytes of the checkpoint."""
+    torch.set_num_threads(1)
+    engine = build(hidden, tensor=2, pipeline=1)
+    train(engine, 2)
+    blocks = Blocks(engine, steps, Path(folder))
+    seconds: dict[str, list[float]] = {kind: [] for kind in blocks.kinds}
+    for _ in range(rounds):
+        for kind, run in blocks.kinds.items():
+            seconds[kind].append(run())
+            shutil.rmtree(folder, ignore_errors=True)
+            dist.barrier()
+    own = sum(entry.tensor.numel() * entry.tensor.element_size() for entry in blocks.state.entries())
+    seconds["bytes"] = [2.0 * own]
+    dist.destroy_process_group()
+    return seconds
+
+
+def save_by_tensor_4(hidden: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    engine = build(hidden, tensor=4, pipeline=1)
+    state = EngineState(engine)
+    state.prepare({"optimizer_steps": 1})
+    save_checkpoint(Path(folder) / "saved", state.entries(), {}, engine.mesh)
+    dist.destroy_process_group()
+
+
+def load_by_tensor_2_pipeline_2(hidden: int, folder: str) -> tuple[int, int]:
+    """Bytes that this rank needs, and bytes that it has read."""
+    torch.set_num_threads(1)
+    state = EngineState(build(hidden, tensor=2, pipeline=2))
+    state.prepare({"optimizer_steps": 1})
+    entries = list(state.entries())
+    needed = sum(box.size * view.element_size() for entry in entries for box, view in entry.blocks())
+    before = bytes_read()
+    load_checkpoint(Path(folder) / "saved", entries)
+    read = bytes_read() - before
+    dist.destroy_process_group()
+    return needed, read
+
+
+def bytes_read() -> int:
+    """What this process has read so far, by the system's own count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def launch(function: Callable[..., Any], ranks: int, *arguments: Any) -> dict[int, Any]:
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0
+    )
+    results: dict[int, Any] = elastic_launch(config, function)(*arguments)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--steps", type=int, default=16, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", choices=("saves", "bytes"))
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.only != "bytes":
+            given = (arguments.hidden, arguments.steps, arguments.rounds, f"{folder}/saves")
+            show_saves(launch(time_saves, 2, *given)[0], arguments.steps)
+        if arguments.only != "saves":
+            launch(save_by_tensor_4, 4, arguments.hidden, folder)
+            counts = launch(load_by_tensor_2_pipeline_2, 4, arguments.hidden, folder).values()
+            needed, read = (sum(column) for column in zip(*counts, strict=True))
+            print(f"tensor 4 to tensor 2 × pipeline 2: {needed:,} bytes needed, {read:,} read, {read / needed:.4f} ×")
+
+
+def show_saves(seconds: dict[str, list[float]], steps: int) -> None:
+    (size,) = seconds.pop("bytes")
+    plain = statistics.median(seconds["no save"])
+    print(f"{size / 1e9:.2f} GB; {steps} steps without a save take {plain:.2f} s")
+    for kind, times in seconds.items():
+        if kind != "no save":
+            added = statistics.median(times) - plain
+            print(f"{kind:<44}{added:+8.2f} s{added / plain:+9.1%}")
+
+
+if __name__ == "__main__":
+    main()
