@@ -6,6 +6,7 @@ farthest apart. Every group is a slice of the grid: `mesh["tensor"]`, `mesh["pip
 """
 
 import atexit
+import gc
 import os
 from datetime import timedelta
 from math import prod
@@ -72,6 +73,11 @@ def _start_process_group(ranks: int, device_type: str, timeout: timedelta) -> No
 
 
 def _end_process_group() -> None:
-    """gloo's threads abort a process that leaves while they run, so scripts may forget to end what was started here."""
+    """End what was started here, for scripts that forget to, and let go of groups that only cycles of objects hold.
+
+    A thread of gloo that still drops the tensors of its last message while the interpreter ends aborts the process. It
+    is joined when the last reference to its group goes.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

@@ -142,23 +142,22 @@ def _check_rendezvous(schedule: Schedule) -> None:
     receives, never for sends.
     """
     lanes = traffic(schedule)
-    plans = [plan_rank(schedule, rank, lanes).actions for rank in range(schedule.ranks)]
+    rank_plans = [plan_rank(schedule, rank, lanes) for rank in range(schedule.ranks)]
+    plans = [plan.actions for plan in rank_plans]
     place = {(lane, transfer.value): index for lane in lanes for index, transfer in enumerate(lanes[lane])}
-    sent, posted = dict.fromkeys(lanes, 0), dict.fromkeys(lanes, 0)
+    sent = dict.fromkeys(lanes, 0)
+    posted = {(peer, rank): count for rank, plan in enumerate(rank_plans) for peer, count in plan.first}
     position = [0] * schedule.ranks
-    entered = [-1] * schedule.ranks
     ready = list(range(schedule.ranks))
     while ready:
         rank = ready.pop()
         while position[rank] < len(plans[rank]):
             planned = plans[rank][position[rank]]
-            if entered[rank] < position[rank]:
-                entered[rank] = position[rank]
-                for peer, count in planned.post:
-                    posted[peer, rank] += count
             received = [(value, (source, rank)) for value, source in planned.takes if source is not None]
             if any(place[lane, value] >= min(sent[lane], posted[lane]) for value, lane in received):
                 break
+            for peer, count in planned.post:
+                posted[peer, rank] += count
             for _, peer in planned.destinations:
                 sent[rank, peer] += 1
                 ready.append(peer)

@@ -1,7 +1,9 @@
 """What one rank does around each action of its program: receives to post, values to take, sends, buffers to free."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from weft.parallel.pipeline.table import Action, Schedule, Transfer, Value, gives, needs
 
@@ -11,8 +13,8 @@ class Planned:
     """One action with its communication.
 
     Attributes:
-        post: (peer, count): so many more receives from `peer` are to be posted before the action runs. They are those
-            of this action, of the next one if there is room for it, and what the peer sends before them.
+        post: (peer, count): so many more receives from `peer` are to be posted once the action's own values have been
+            taken, before it computes.
         takes: the values of other stages that the action needs, each with the peer that sends it, or None when it
             comes from this rank.
         release: (peer, count): once those are here, so many of the sends to `peer` are known to have been taken.
@@ -28,9 +30,17 @@ class Planned:
 
 @dataclass
 class RankPlan:
-    """The plan of one rank, and for each peer the values received from it in the order in which it sends them."""
+    """The plan of one rank.
+
+    Attributes:
+        actions: its program, each action with its communication.
+        first: (peer, count): the receives to post before the first action.
+        incoming: for each peer the values received from it, in the order in which it sends them.
+        outgoing: the peers that are sent to.
+    """
 
     actions: list[Planned]
+    first: list[tuple[int, int]]
     incoming: dict[int, list[Value]]
     outgoing: list[int]
 
@@ -49,52 +59,28 @@ def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
             if value.stage != planned.action.stage:
                 holder = schedule.placement[value.stage]
                 planned.takes.append((value, holder if holder != rank else None))
-    full = _without_room(plan)
+    first: list[tuple[int, int]] = []
     for peer, lane in incoming.items():
-        _plan_posts(plan, peer, lane, full)
+        for at, count in sorted(Counter(_post_times(lane)).items()):
+            (plan[at].post if at >= 0 else first).append((peer, count))
     for peer, lane in outgoing.items():
         for transfer in lane:
             plan[transfer.produced_by].destinations.append((transfer.value, peer))
         _plan_releases(plan, peer, lane, schedule)
     values = {peer: [transfer.value for transfer in lane] for peer, lane in incoming.items()}
-    return RankPlan(plan, values, sorted(outgoing))
+    return RankPlan(plan, first, values, sorted(outgoing))
 
 
-def _without_room(plan: list[Planned]) -> set[int]:
-    """The actions during which the rank holds as many received activations as it ever has to.
+def _post_times(lane: list[Transfer]) -> list[int]:
+    """For each receive, the action during which it is posted; -1 is before the first.
 
-    It holds them from their forward to the end of their B or W. A buffer for one more would be memory that the table
-    does not need, so its receive is not posted while such an action runs.
+    A value begins to travel when its receive is posted. Posted as soon as the value before it has been taken, it
+    travels while other actions compute, and no lane has more than one buffer beside the values in use. A value that is
+    needed before another that the peer sends earlier has both posted in time for its own use.
     """
-    held, during = 0, []
-    received: dict[tuple[int, int], int] = {}
-    for planned in plan:
-        kind, stage, microbatch = planned.action
-        if kind == "F":
-            received[stage, microbatch] = sum(source is not None for _, source in planned.takes)
-            held += received[stage, microbatch]
-        during.append(held)
-        if kind in "BW":
-            held -= received[stage, microbatch]
-    return {index for index, count in enumerate(during) if count == max(during)}
-
-
-def _plan_posts(plan: list[Planned], peer: int, lane: list[Transfer], full: set[int]) -> None:
-    """Post each receive one action ahead of its use, those of activations only where there is room for them.
-
-    What the peer sends before it has to be posted before it.
-    """
-    posted = 0
-    last_needed: dict[int, int] = {}
-    for count, transfer in enumerate(lane, start=1):
-        at = max(0, transfer.needed_by - 1)
-        if not transfer.value.is_gradient and at in full:
-            at = transfer.needed_by
-        last_needed[at] = max(last_needed.get(at, 0), count)
-    for at in sorted(last_needed):
-        if last_needed[at] > posted:
-            plan[at].post.append((peer, last_needed[at] - posted))
-            posted = last_needed[at]
+    taken = [-1, *accumulate((transfer.needed_by for transfer in lane), max)]
+    needed = [*accumulate((transfer.needed_by for transfer in reversed(lane)), min)][::-1]
+    return [min(before, use - 1) for before, use in zip(taken, needed, strict=False)]
 
 
 def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], schedule: Schedule) -> None:

@@ -1,6 +1,6 @@
 """One pass of one rank through its program: the loop that every schedule runs through."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -64,6 +64,7 @@ class ProgramRun:
 
     def execute(self) -> None:
         """Run all actions, then wait until everything sent has been taken."""
+        self._post(self._plan.first)
         for planned in self._plan.actions:
             self._perform(planned)
         for outbox in self._outboxes.values():
@@ -72,9 +73,8 @@ class ProgramRun:
     def _perform(self, planned: Planned) -> None:
         action = planned.action
         self._record.enter(KINDS[action.kind], action.stage, action.microbatch)
-        for peer, count in planned.post:
-            self._inboxes[peer].post(count)
         taken = self._take(planned)
+        self._post(planned.post)
         if action in self._before_last_backward:
             self._before_last_backward[action]()
         self.starts.append(perf_counter())
@@ -91,6 +91,10 @@ class ProgramRun:
         self.ends.append(perf_counter())
         for value, tensors, header in given:
             self._hand_on(planned, value, tensors, header)
+
+    def _post(self, receives: Iterable[tuple[int, int]]) -> None:
+        for peer, count in receives:
+            self._inboxes[peer].post(count)
 
     def _take(self, planned: Planned) -> Taken:
         taken = {
@@ -167,6 +171,7 @@ class ProgramRun:
         known = self._shapes.of(value)
         if known is None:
             self._shapes.announce(value, spec, uniform=uniform)
+            self._post((peer, 0) for peer in self._inboxes)  # gradients have the shapes of what they belong to
             return spec.encode(uniform=uniform)
         if known != spec:
             raise ValueError(

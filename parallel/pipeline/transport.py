@@ -208,7 +208,7 @@ class Inbox:
         self._arriving: dict[Value, tuple[list[Tensor], list[Pending]]] = {}
 
     def post(self, count: int) -> None:
-        """Make the next `count` values due; receives are posted now for those whose shapes are known."""
+        """Make the next `count` values due, and post the receives of all that are due and whose shapes are known."""
         for _ in range(count):
             self._due.append(self._order.popleft())
         self._post_due()
