@@ -1,11 +1,18 @@
 """The executor against torch.distributed.pipelining: the same stages, schedules and machine, in turns.
 
     python benchmarks/pipeline.py                          # stages of 0.5 ms, two ranks, medians of 15 steps
-    python benchmarks/pipeline.py --milliseconds 5 --recompute
+    python benchmarks/pipeline.py --milliseconds 5 --block llama --recompute
 
-Every rank is a process with one thread, over gloo. A stage is a few residual blocks of nn.Linear layers; its length is
-the time of one microbatch's forward and backward. CPU time is that of the main thread, of the rank that uses most; the
-last columns count how often a block runs forward per microbatch, and the longest simulated step with measured costs.
+Every rank is a process with one thread, over gloo. A stage is a few residual blocks, whose layers are torch's own; its
+length is the time of one microbatch's forward and backward. Two lines per schedule, weft's and torch's; each figure is
+that of the rank where it is largest:
+
+    step        wall time of a step; `ratio` is the median over the turns of weft's over torch's
+    CPU         time of the main thread in a step
+    memory      most bytes of tensors that were alive at once in the first two steps, parameters aside
+    receives    most received values that waited for their use, and had room made for them, at once
+    runs        how often a block runs forward per microbatch
+    simulated   the step over its simulation, from the measured costs of its actions
 """
 
 import argparse
@@ -15,16 +22,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from blocks import WIDTH, Block, blocks_of, make_stage
 from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining import schedules as torch_schedules
-from torch.utils.checkpoint import checkpoint
 
 from weft.parallel import (
     PipelineExecutor,
@@ -35,8 +42,11 @@ from weft.parallel import (
     build_schedule,
     simulate_schedule,
 )
+from weft.parallel.memory import track_memory
+from weft.parallel.pipeline import run
+from weft.parallel.pipeline.table import Schedule, Value
+from weft.parallel.pipeline.transport import DATA, Inbox, Pending
 
-WIDTH, BLOCKS = 64, 2
 PAIRS = {
     "gpipe": "ScheduleGPipe",
     "1f1b": "Schedule1F1B",
@@ -45,23 +55,26 @@ PAIRS = {
     "zb-v": "ScheduleZBVZeroBubble",
     "dualpipe-v": "ScheduleDualPipeV",
 }
+COLUMNS = ("step ms", "CPU ms", "memory kB", "receives", "runs")
+WARM_UP = 3
 
 
-class Block(nn.Module):
-    """x + W₂ gelu(W₁ norm(x)), run again in the backward when `recompute`."""
+class CountedInbox(Inbox):
+    """Keeps the most values for which receives were posted and which were not taken yet, over all lanes."""
 
-    def __init__(self, recompute: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.recompute, self.runs = recompute, 0
+    waiting: ClassVar[int] = 0
+    most: ClassVar[int] = 0
 
-    def _run(self, x: Tensor) -> Tensor:
-        self.runs += 1
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+    def _receive(self, value: Value, tensor: Tensor, tag: int) -> Pending:
+        if tag == DATA:
+            CountedInbox.waiting += 1
+            CountedInbox.most = max(CountedInbox.most, CountedInbox.waiting)
+        return super()._receive(value, tensor, tag)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self._run, x, use_reentrant=False) if self.recompute else self._run(x)
+    def take(self, value: Value) -> list[Tensor]:
+        tensors = super().take(value)
+        CountedInbox.waiting -= len(tensors)
+        return tensors
 
 
 @dataclass
@@ -69,22 +82,87 @@ class Contender:
     """One way to run a step, and what its steps have cost."""
 
     step: Callable[[], Timeline | None]
+    receives: Callable[[], int]
     blocks: list[Block]
-    seconds: list[float]
-    cpu_seconds: list[float]
+    memory: int = 0
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     timeline: Timeline | None = None
 
+    def measure(self) -> None:
+        for block in self.blocks:
+            block.runs = 0
+            block.zero_grad()
+        dist.barrier()
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        self.timeline = self.step()
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.thread_time() - cpu_start)
 
-def make_stage(index: int, recompute: bool) -> nn.Module:
-    torch.manual_seed(index)
-    return nn.Sequential(*(Block(recompute) for _ in range(BLOCKS)))
+    def figures(self, microbatches: int) -> list[float]:
+        """One number per column, each of the rank where it is largest."""
+        runs = statistics.fmean(block.runs for block in self.blocks) / microbatches
+        step, cpu = (statistics.median(times) * 1e3 for times in (self.seconds, self.cpu_seconds))
+        return over_ranks([step, cpu, self.memory / 1e3, self.receives(), runs])
 
 
-def rows_for(milliseconds: float) -> int:
+@dataclass
+class Case:
+    """What the contenders run."""
+
+    schedule: Schedule
+    block: str
+    rows: int
+    recompute: bool
+
+    def stages(self) -> dict[int, nn.Module]:
+        own = self.schedule.stages_of(dist.get_rank())
+        return {index: make_stage(self.block, index, recompute=self.recompute) for index in own}
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(99)
+        batch, targets = torch.randn(2, self.schedule.microbatches * self.rows, *inner_shape(self.block))
+        return batch, targets
+
+
+def inner_shape(block: str) -> tuple[int, ...]:
+    """Of one row: a Llama's is a short sequence."""
+    return (16, WIDTH) if block == "llama" else (WIDTH,)
+
+
+def weft_contender(case: Case) -> Contender:
+    stages, (batch, targets) = case.stages(), case.batch()
+    parts = [PipelineStage(module, index) for index, module in stages.items()]
+    mesh = build_mesh(pipeline=case.schedule.ranks)["pipeline"]
+    executor = PipelineExecutor(case.schedule, parts, mesh, nn.functional.mse_loss, timeout=120)
+    blocks = blocks_of(nn.ModuleList(stages.values()))
+    return Contender(lambda: executor.step(batch, targets).timeline, lambda: CountedInbox.most, blocks)
+
+
+def torch_contender(case: Case, name: str) -> Contender:
+    schedule, stages, (batch, targets) = case.schedule, case.stages(), case.batch()
+    parts = [TorchStage(module, index, schedule.stages, torch.device("cpu")) for index, module in stages.items()]
+    made = getattr(torch_schedules, PAIRS[name])(
+        parts if schedule.stages > schedule.ranks else parts[0], schedule.microbatches, loss_fn=nn.functional.mse_loss
+    )
+    arguments = (batch,) if 0 in stages else ()
+    last = {"target": targets, "losses": []} if schedule.stages - 1 in stages else {}
+
+    def receives() -> int:
+        infos = [
+            info for part in parts for kept in (part.args_recv_info, part.grad_recv_info) for info in kept.values()
+        ]
+        return sum(getattr(one, "buffer", None) is not None for info in infos for one in info if one is not None)
+
+    blocks = blocks_of(nn.ModuleList(stages.values()))
+    return Contender(lambda: made.step(*arguments, return_outputs=False, **last), receives, blocks)
+
+
+def rows_for(block: str, milliseconds: float) -> int:
     """Rows per microbatch at which forward and backward of a stage take so long, the same on every rank."""
-    stage, rows = make_stage(0, False), 16
+    stage, rows = make_stage(block, 0, recompute=False), 1
     while True:
-        x = torch.randn(rows, WIDTH, requires_grad=True)
+        x = torch.randn(rows, *inner_shape(block), requires_grad=True)
         times = []
         for _ in range(7):
             start = time.thread_time()
@@ -97,66 +175,24 @@ def rows_for(milliseconds: float) -> int:
         rows = rows * 5 // 4 + 1
 
 
-def contend(name: str, ranks: int, microbatches: int, rows: int, recompute: bool) -> dict[str, Contender]:
-    schedule = build_schedule(name, ranks, microbatches, 1 if name in ("gpipe", "1f1b") else 2)
-    mesh = build_mesh(pipeline=ranks)["pipeline"]
-    rank = mesh.get_local_rank()
-    torch.manual_seed(99)
-    batch, targets = torch.randn(2, microbatches * rows, WIDTH)
-
-    def weft() -> Contender:
-        stages = {index: make_stage(index, recompute) for index in schedule.stages_of(rank)}
-        parts = [PipelineStage(module, index) for index, module in stages.items()]
-        executor = PipelineExecutor(schedule, parts, mesh, nn.functional.mse_loss, timeout=120)
-        return Contender(lambda: executor.step(batch, targets).timeline, blocks_of(stages), [], [])
-
-    def torch_() -> Contender:
-        stages = {index: make_stage(index, recompute) for index in schedule.stages_of(rank)}
-        parts = [
-            TorchStage(m, i, schedule.stages, torch.device("cpu"), group=mesh.get_group()) for i, m in stages.items()
-        ]
-        made = getattr(torch_schedules, PAIRS[name])(
-            parts if schedule.stages > ranks else parts[0], microbatches, loss_fn=nn.functional.mse_loss
-        )
-        arguments = (batch,) if 0 in stages else ()
-        last = {"target": targets, "losses": []} if schedule.stages - 1 in stages else {}
-        return Contender(lambda: made.step(*arguments, return_outputs=False, **last), blocks_of(stages), [], [])
-
-    return {"weft": weft(), "torch": torch_()}
-
-
-def blocks_of(stages: dict[int, nn.Module]) -> list[Block]:
-    return [block for stage in stages.values() for block in stage.modules() if isinstance(block, Block)]
-
-
-def measure(contender: Contender) -> None:
-    for block in contender.blocks:
-        block.runs = 0
-        block.zero_grad()
-    dist.barrier()
-    start, cpu_start = time.perf_counter(), time.thread_time()
-    contender.timeline = contender.step()
-    contender.seconds.append(time.perf_counter() - start)
-    contender.cpu_seconds.append(time.thread_time() - cpu_start)
-
-
 def over_ranks(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
-def simulated(name: str, ranks: int, microbatches: int, timeline: Timeline) -> float:
-    """The step as the simulator predicts it from the mean measured cost of each kind of action."""
-    costs = []
-    for kind in "FBIW":
-        boxes = [box.end - box.start for box in timeline.boxes if box.action.kind == kind]
-        costs.append(statistics.fmean(boxes) if boxes else 0.0)
-    forward, whole, input_gradient, weight_gradient = over_ranks(costs)
-    schedule = build_schedule(name, ranks, microbatches, 1 if name in ("gpipe", "1f1b") else 2)
-    if not input_gradient:
-        input_gradient = whole
-    return simulate_schedule(schedule, ScheduleCosts(forward, input_gradient, weight_gradient)).makespan
+def simulated(schedule: Schedule, timeline: Timeline) -> float:
+    """The step as the simulator predicts it from the mean measured cost of each kind of action on each stage."""
+    costs = torch.zeros(4, schedule.stages, dtype=torch.float64)
+    for row, kind in enumerate("FBIW"):
+        for stage in range(schedule.stages):
+            found = [b.end - b.start for b in timeline.boxes if (b.action.kind, b.action.stage) == (kind, stage)]
+            costs[row, stage] = statistics.fmean(found) if found else 0.0
+    dist.all_reduce(costs, op=dist.ReduceOp.MAX)
+    forward, whole, input_gradient, weight_gradient = costs
+    input_gradient = torch.where(input_gradient > 0, input_gradient, whole)
+    made = ScheduleCosts(forward.tolist(), input_gradient.tolist(), weight_gradient.tolist())
+    return simulate_schedule(schedule, made).makespan
 
 
 def compare(arguments: argparse.Namespace) -> list[str]:
@@ -164,41 +200,52 @@ def compare(arguments: argparse.Namespace) -> list[str]:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
+    run.Inbox = CountedInbox  # type: ignore[misc]
     build_mesh(pipeline=arguments.ranks)
-    rows = rows_for(arguments.milliseconds)
+    rows = rows_for(arguments.block, arguments.milliseconds)
+    heading = "".join(f"{column:>11}" for column in (*COLUMNS, "ratio", "simulated"))
     lines = [
-        f"{arguments.ranks} ranks, {arguments.microbatches} microbatches, stages of {arguments.milliseconds:g} ms "
-        f"({rows} × {WIDTH} numbers travel), recompute {'on' if arguments.recompute else 'off'}",
-        f"{'schedule':<15} {'weft ms':>9} {'torch ms':>9} {'ratio':>6} {'weft CPU':>9} {'torch CPU':>9} {'runs':>5} "
-        f"{'torch':>6} {'step / simulated':>17}",
+        f"{arguments.ranks} ranks, {arguments.microbatches} microbatches of {rows} rows, {arguments.block} stages of "
+        f"{arguments.milliseconds:g} ms, recompute {'on' if arguments.recompute else 'off'}",
+        f"{'schedule':<15}{'':<6}{heading}",
     ]
     for name in arguments.schedules:
-        contenders = contend(name, arguments.ranks, arguments.microbatches, rows, arguments.recompute)
-        for turn in range(arguments.steps + 3):
-            for contender in contenders.values():
-                measure(contender)
-                if turn < 3:
-                    contender.seconds.clear()
-                    contender.cpu_seconds.clear()
-        lines.append(row_of(name, arguments, contenders))
-        dist.barrier()
+        per_rank = 1 if name in ("gpipe", "1f1b") else 2
+        schedule = build_schedule(name, arguments.ranks, arguments.microbatches, per_rank)
+        lines += rows_of(name, Case(schedule, arguments.block, rows, arguments.recompute), arguments.steps)
     return lines
 
 
-def row_of(name: str, arguments: argparse.Namespace, contenders: dict[str, Contender]) -> str:
-    found: dict[str, Any] = {}
-    for who, contender in contenders.items():
-        seconds, cpu = over_ranks([statistics.median(contender.seconds), statistics.median(contender.cpu_seconds)])
-        runs = statistics.fmean(block.runs for block in contender.blocks) / arguments.microbatches
-        found[who] = (seconds * 1e3, cpu * 1e3, *over_ranks([runs]))
-    timeline = contenders["weft"].timeline
+def rows_of(name: str, case: Case, steps: int) -> list[str]:
+    """Both contenders in turns, who begins alternating; a line for each."""
+    CountedInbox.most = 0
+    ours, theirs = weft_contender(case), torch_contender(case, name)
+    for contender in (ours, theirs):
+        with track_memory() as memory:
+            contender.measure()
+            contender.measure()
+        contender.memory = memory.peak
+    for turn in range(steps + WARM_UP):
+        for contender in (ours, theirs) if turn % 2 else (theirs, ours):
+            contender.measure()
+    for contender in (ours, theirs):
+        del contender.seconds[: WARM_UP + 2], contender.cpu_seconds[: WARM_UP + 2]
+    turns = torch.tensor([ours.seconds, theirs.seconds], dtype=torch.float64)
+    dist.all_reduce(turns, op=dist.ReduceOp.MAX)
+    ratio = statistics.median((turns[0] / turns[1]).tolist())
+    timeline = ours.timeline
     assert timeline is not None
-    predicted = simulated(name, arguments.ranks, arguments.microbatches, timeline) * 1e3
-    (ours, our_cpu, our_runs), (theirs, their_cpu, their_runs) = found["weft"], found["torch"]
-    return (
-        f"{name:<15} {ours:9.2f} {theirs:9.2f} {ours / theirs:6.2f} {our_cpu:9.2f} {their_cpu:9.2f} {our_runs:5.2f} "
-        f"{their_runs:6.2f} {ours / predicted:17.2f}"
-    )
+    step = ours.seconds[-1]
+    predicted = over_ranks([step])[0] / simulated(case.schedule, timeline)
+    figures: dict[str, list[Any]] = {
+        who: contender.figures(case.schedule.microbatches) for who, contender in (("weft", ours), ("torch", theirs))
+    }
+    figures["weft"] += [ratio, predicted]
+    dist.barrier()
+    return [
+        f"{name if who == 'weft' else '':<15}{who:<6}" + "".join(f"{number:>11,.2f}" for number in numbers)
+        for who, numbers in figures.items()
+    ]
 
 
 def main() -> None:
@@ -207,6 +254,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--milliseconds", type=float, default=0.5, help="forward and backward of a stage")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--block", choices=["mlp", "llama"], default="mlp")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--schedules", nargs="+", choices=PAIRS, default=list(PAIRS))
     arguments = parser.parse_args()

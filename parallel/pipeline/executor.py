@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter, time
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.pipeline.channels import open_channels
 from weft.parallel.pipeline.check import check_schedule
+from weft.parallel.pipeline.clock import clock_of
 from weft.parallel.pipeline.feed import Feed, Given, make_feed
 from weft.parallel.pipeline.losses import LossExchange
 from weft.parallel.pipeline.payload import Nest, PayloadSpec, TensorSpec, take_apart
@@ -37,13 +38,18 @@ class StepResult:
         losses: the loss of each microbatch, `[microbatches]`, the same on every rank.
         metrics: what the loss function returned beside the loss, by name and of each microbatch, `[microbatches]`;
             float64 on the CPU, the same on every rank.
-        timeline: the measured boxes of this rank, in seconds of `time.perf_counter`.
+        read_timeline: gives `timeline`.
     """
 
     loss: Tensor
     losses: Tensor
     metrics: Mapping[str, Tensor]
-    timeline: Timeline
+    read_timeline: Callable[[], Timeline]
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The measured boxes of this rank, in seconds of `time.perf_counter`. On a GPU, waits for the end of its work."""
+        return self.read_timeline()
 
 
 class PipelineExecutor:
@@ -106,6 +112,7 @@ class PipelineExecutor:
         self._shapes = shapes
         self._reduces_shared = reduce_shared_gradients
         self._check_stages(len(stages), mesh)
+        self._clock = clock_of(device)
         record = record or open_record(os.environ)
         self._transport = Transport(open_channels(mesh, device, timeout), schedule, device, timeout, record)
         self._transport.channels.open(traffic(schedule))
@@ -173,18 +180,20 @@ class PipelineExecutor:
         times = [theirs[:, : len(program)].tolist() for theirs, program in zip(everyone, programs, strict=True)]
         return Timeline(programs, [starts for starts, _ in times], [ends for _, ends in times])
 
-    def _timeline(self, run: ProgramRun) -> Timeline:
+    def _timeline(self, program: list[Action], starts: list[Any], ends: list[Any]) -> Timeline:
         def placed(own: list[Any]) -> list[list[Any]]:
             return [own if rank == self._transport.rank else [] for rank in range(self.schedule.ranks)]
 
-        return Timeline(placed(run.program), placed(run.starts), placed(run.ends))
+        times = self._clock.read([*starts, *ends])
+        return Timeline(placed(program), placed(times[: len(starts)]), placed(times[len(starts) :]))
 
     def _pass(self, given: Given, *, forward: bool) -> StepResult:
         feed = self._make_feed(given, wants_loss=True)
         exchange = LossExchange(self._transport, self.schedule)
         run = self._execute(feed, forward=forward)
         losses, metrics = exchange.finish(run.losses, run.metrics)
-        return StepResult(losses.sum() * self._loss_weight, losses, metrics, self._timeline(run))
+        read_timeline = partial(self._timeline, run.program, run.starts, run.ends)
+        return StepResult(losses.sum() * self._loss_weight, losses, metrics, read_timeline)
 
     def _make_feed(self, given: Given, *, wants_loss: bool) -> Feed:
         feed = make_feed(self.schedule, given, split=self._split, rank=self._transport.rank, wants_loss=wants_loss)
@@ -198,6 +207,7 @@ class PipelineExecutor:
             self._transport,
             Shapes(_fixed_specs(self._shapes, requires_grad=not forward), self.schedule.skips),
             feed,
+            self._clock,
             loss_function=self._loss_function,
             loss_weight=self._loss_weight,
             before_last_backward={} if forward else self._last_backwards,

@@ -1,13 +1,13 @@
 """One pass of one rank through its program: the loop that every schedule runs through."""
 
 from collections.abc import Callable, Iterable, Mapping
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.parallel.blame import blame, timed_out
+from weft.parallel.pipeline.clock import Clock
 from weft.parallel.pipeline.feed import Feed
 from weft.parallel.pipeline.payload import Nest, PayloadSpec, put_together, take_apart
 from weft.parallel.pipeline.plan import Planned, RankPlan
@@ -21,7 +21,10 @@ Given = tuple[Value, list[Tensor], bytes | None]
 
 
 class ProgramRun:
-    """Runs the program of one rank once; `losses`, `metrics`, `outputs`, `starts` and `ends` hold what came of it."""
+    """Runs the program of one rank once.
+
+    `losses`, `metrics` and `outputs` hold what came of it, `starts` and `ends` the marks of `clock` around each action.
+    """
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class ProgramRun:
         transport: Transport,
         shapes: Shapes,
         feed: Feed,
+        clock: Clock,
         *,
         loss_function: LossFunction | None,
         loss_weight: float,
@@ -39,8 +43,8 @@ class ProgramRun:
         self.losses: dict[int, Tensor] = {}
         self.metrics: dict[int, Mapping[str, Tensor]] = {}
         self.outputs: dict[int, Nest] = {}
-        self.starts: list[float] = []
-        self.ends: list[float] = []
+        self.starts: list[Any] = []
+        self.ends: list[Any] = []
         self._schedule = schedule
         self._plan = plan
         self._stages = stages
@@ -48,6 +52,7 @@ class ProgramRun:
         self._record = transport.record
         self._shapes = shapes
         self._feed = feed
+        self._clock = clock
         self._loss_function = loss_function
         self._loss_weight = loss_weight
         self._before_last_backward = before_last_backward
@@ -77,7 +82,7 @@ class ProgramRun:
         self._post(planned.post)
         if action in self._before_last_backward:
             self._before_last_backward[action]()
-        self.starts.append(perf_counter())
+        self.starts.append(self._clock.mark())
         try:
             given = self._compute[action.kind](action, taken)
         except Exception as error:
@@ -88,7 +93,7 @@ class ProgramRun:
                 ) from error
             error.add_note(f"{self._where()}: {where} (action {action} of schedule {self._schedule.name})")
             raise
-        self.ends.append(perf_counter())
+        self.ends.append(self._clock.mark())
         for value, tensors, header in given:
             self._hand_on(planned, value, tensors, header)
 
