@@ -48,7 +48,7 @@ class StepResult:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """The measured boxes of this rank, in seconds of `time.perf_counter`. On a GPU, waits for the end of its work."""
+        """The measured boxes of this rank, in seconds of `time.perf_counter`; on a GPU, waits for its work to end."""
         return self.read_timeline()
 
 

@@ -96,11 +96,10 @@ def test_dumb_terminals_get_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None
 def on_a_terminal() -> str:
     """What a run of 20 steps writes to a terminal of its own."""
     reader, writer = pty.openpty()
-    with os.fdopen(writer, "w") as stream:
-        with Progress(total_steps=20, stream=stream) as progress:
-            for step in range(1, 21):
-                progress.step(measured(step))
-            progress.say("saved [a] checkpoint")
+    with os.fdopen(writer, "w") as stream, Progress(total_steps=20, stream=stream) as progress:
+        for step in range(1, 21):
+            progress.step(measured(step))
+        progress.say("saved [a] checkpoint")
     shown = b""
     with suppress(OSError):  # how a terminal without a writer ends
         while part := os.read(reader, 100_000):
