@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining import schedules as torch_schedules
-from weft.parallel.memory import track_memory
 
 from weft.parallel import (
     PipelineExecutor,
@@ -43,6 +42,7 @@ from weft.parallel import (
     build_schedule,
     simulate_schedule,
 )
+from weft.parallel.memory import track_memory
 from weft.parallel.pipeline import run
 from weft.parallel.pipeline.table import Schedule, Value
 from weft.parallel.pipeline.transport import DATA, Inbox, Pending

@@ -9,12 +9,15 @@ import atexit
 import gc
 import os
 from datetime import timedelta
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from weft.parallel.background import with_background_threads
 
 AXES = ("pipeline", "data", "context", "tensor")
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -42,6 +45,12 @@ def build_mesh(
     for axis, size in sizes.items():
         if size < 1:
             raise ValueError(f"mesh axis {axis} is {size}; choose a whole number of at least 1")
+    if device_type != "cpu":  # a GPU is chosen per thread
+        return _make_mesh(sizes, device_type, timeout)
+    return with_background_threads(partial(_make_mesh, sizes, device_type, timeout))
+
+
+def _make_mesh(sizes: dict[str, int], device_type: str, timeout: timedelta) -> DeviceMesh:
     ranks = prod(sizes.values())
     if not dist.is_initialized():
         _start_process_group(ranks, device_type, timeout)

@@ -74,13 +74,16 @@ def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
 def _post_times(lane: list[Transfer]) -> list[int]:
     """For each receive, the action during which it is posted; -1 is before the first.
 
-    A value begins to travel when its receive is posted. Posted as soon as the value before it has been taken, it
-    travels while other actions compute, and no lane has more than one buffer beside the values in use. A value that is
-    needed before another that the peer sends earlier has both posted in time for its own use.
+    A value begins to travel when its receive is posted. Posted as soon as the value before it of the same boundary has
+    been taken, it travels while other actions compute, and one activation and one gradient of each boundary between
+    stages wait at most. Receives of a lane are posted in the sender's order: one may be early for the sake of another.
     """
-    taken = [-1, *accumulate((transfer.needed_by for transfer in lane), max)]
-    needed = [*accumulate((transfer.needed_by for transfer in reversed(lane)), min)][::-1]
-    return [min(before, use - 1) for before, use in zip(taken, needed, strict=False)]
+    taken: dict[tuple[str, int], int] = {}
+    wanted = []
+    for value, _, needed_by in lane:
+        wanted.append(min(taken.get(value[:2], -1), needed_by - 1))
+        taken[value[:2]] = needed_by
+    return [*accumulate(reversed(wanted), min)][::-1]
 
 
 def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], schedule: Schedule) -> None:
