@@ -1,36 +1,25 @@
-"""Threads of low priority: those that a call starts, and no others."""
+"""Background threads: those that a call starts, and no others."""
 
 import os
-import sys
 import threading
 
 import pytest
 
-from weft.parallel.background import LOWEST_PRIORITY, with_background_threads
+from weft.parallel.background import with_background_threads
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
-def test_threads_started_by_the_call_have_low_priority_and_the_caller_keeps_its_own() -> None:
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    ready, end = threading.Event(), threading.Event()
-    priorities = []
-
-    def work() -> None:
-        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        ready.set()
-        end.wait(10)
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="batch scheduling is Linux's")
+def test_threads_started_by_the_call_are_in_the_background_and_the_caller_is_not() -> None:
+    policies = []
 
     def start() -> threading.Thread:
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
         thread.start()
         return thread
 
-    thread = with_background_threads(start)
-    assert ready.wait(10)
-    end.set()
-    thread.join()
-    assert priorities == [LOWEST_PRIORITY]
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    with_background_threads(start).join()
+    assert policies == [os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_what_the_call_returns_and_raises_comes_through() -> None:

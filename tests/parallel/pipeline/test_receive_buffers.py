@@ -1,4 +1,4 @@
-"""A rank holds the activations that its table needs, and one receive ahead; counted by when their memory is freed."""
+"""A rank holds what its table needs, and little ahead of it; counted by when the buffers' memory is freed."""
 
 import weakref
 from collections import Counter
@@ -74,12 +74,12 @@ def test_1f1b_has_no_more_receives_waiting_than_ranks_behind(pool: Pool, ranks: 
         ("dualpipe-v", 2),
     ],
 )
-def test_one_activation_more_than_the_table_holds(pool: Pool, name: str, per_rank: int) -> None:
+def test_one_activation_per_boundary_more_than_the_table_holds(pool: Pool, name: str, per_rank: int) -> None:
     schedule = build_schedule(name, 2, 8, per_rank)
     for rank, peak in enumerate(peaks(pool, name, 2, 8, per_rank)):
-        assert peak.get("act", 0) <= held_by_the_table(schedule, rank) + 1
-        assert peak.get("grad", 0) <= 2
-        assert peak["waiting"] <= 2
+        assert peak.get("act", 0) <= held_by_the_table(schedule, rank) + 2 * per_rank - 1
+        assert peak.get("grad", 0) <= 2 * per_rank
+        assert peak["waiting"] <= 3 * per_rank - 1
 
 
 def held_by_the_table(schedule: Schedule, rank: int) -> int:
