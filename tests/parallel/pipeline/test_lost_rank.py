@@ -33,7 +33,9 @@ class Doomed(Block):
 
 def run_rank(rank: int, store: str, fate: signal.Signals, answer: Connection) -> None:
     torch.set_num_threads(1)
-    torch.ones(1, requires_grad=True).backward()  # the first backward of a process loads modules, for seconds
+    torch.ones(1, requires_grad=True).backward(
+        torch.ones(1)
+    )  # the first backward of a process loads modules, for seconds
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
     mesh = build_mesh(pipeline=3)["pipeline"]
     stage = PipelineStage(Doomed(rank, fate if rank == 1 else None), rank)
