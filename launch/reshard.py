@@ -20,7 +20,6 @@ from weft.launch.errors import RunError, UserError
 from weft.launch.overrides import apply_overrides
 from weft.launch.problems import known_keys
 from weft.launch.saved_run import read_run
-from weft.launch.saved_state import MODEL, weights
 from weft.launch.settings import Settings, build_settings, check_layout
 from weft.model.config import model_config
 from weft.parallel import build_mesh, without_numbers
@@ -28,9 +27,11 @@ from weft.parallel.checkpoint import CheckpointError, Entry, Manifest, read_mani
 from weft.parallel.checkpoint.boxes import Box, Shape
 from weft.parallel.checkpoint.entry import Piece, own_pieces
 from weft.parallel.checkpoint.files import remove, work_directory
+from weft.parallel.checkpoint.keys import listed
 from weft.parallel.checkpoint.load import read_block
 from weft.parallel.checkpoint.save import Part, assemble
 from weft.parallel.checkpoint.shard_file import PieceReader, write_shard
+from weft.parallel.sharding import sharded_parameters
 
 
 def reshard(source: Path, destination: Path, overrides: Sequence[str]) -> int:
@@ -79,6 +80,11 @@ def _write(reader: PieceReader, manifest: Manifest, settings: Settings, destinat
     work.mkdir(parents=True)
     try:
         parts = [_write_rank(reader, manifest, settings, work, rank) for rank in range(_ranks(settings))]
+        lost = manifest.tensors.keys() - set().union(*(part["tensors"] for part in parts))
+        if lost:
+            raise CheckpointError(
+                f"{listed(lost)} in the checkpoint are not of the model of its settings; choose another"
+            )
         metadata = manifest.metadata | {"settings": settings.model_dump(mode="json")}
         assemble(destination, metadata, parts)
     finally:
@@ -95,17 +101,30 @@ def _write_rank(reader: PieceReader, manifest: Manifest, settings: Settings, wor
 
 
 def _entries(manifest: Manifest, settings: Settings, mesh: DeviceMesh) -> Iterator[Entry]:
-    """Every kind of tensor that is stored of the weights that this rank holds."""
+    """Every kind of tensor that is stored of the weights that this rank holds, split as the weight where it can be."""
     kinds = sorted({name.partition("/")[0] for name in manifest.tensors})
     with without_numbers():
         engine = Engine(model_config(settings.model), settings, mesh, device=torch.device("meta"))
-    for weight in weights(engine):
+    for weight in _weights(engine):
         for kind in kinds:
-            name = f"{kind}/{weight.name.removeprefix(MODEL)}"
+            name = f"{kind}/{weight.name}"
             record = manifest.tensors.get(name)
-            if record is None or record.shape != weight.full_shape:
-                raise CheckpointError(f"{name} is missing or of another shape than in the model of the settings")
-            yield replace(weight, name=name, tensor=weight.tensor.to(getattr(torch, record.dtype)))
+            if record is None:
+                continue
+            dtype = getattr(torch, record.dtype)
+            if record.shape == weight.full_shape:
+                yield replace(weight, name=name, tensor=weight.tensor.to(dtype))
+            else:
+                yield Entry(name, torch.empty(record.shape, dtype=dtype, device="meta"), shared=weight.shared)
+
+
+def _weights(engine: Engine) -> Iterator[Entry]:
+    """The parameters of an engine's stages; one that stages share is the first one's."""
+    for stage in engine.stages:
+        common = {id(parameter): key for key, parameter in stage.shared.items()}
+        for name, parameter, sharding in sharded_parameters(stage.module):
+            shared = id(parameter) in common
+            yield Entry(common.get(id(parameter), name), parameter, sharding, shared and stage.index > 0)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What a checkpoint holds of a training engine: tensors by name in any layout, and counters."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +10,6 @@ from weft.launch.engine import Engine
 from weft.parallel.checkpoint import Entry
 from weft.parallel.sharding import sharded_parameters
 
-MODEL = "model/"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -40,15 +38,6 @@ class SavedState(Protocol):
         ...
 
 
-def weights(engine: Engine) -> Iterator[Entry]:
-    """The parameters of an engine's stages; one that stages share is the first one's."""
-    for stage in engine.stages:
-        common = {id(parameter): key for key, parameter in stage.shared.items()}
-        for name, parameter, sharding in sharded_parameters(stage.module):
-            shared = id(parameter) in common
-            yield Entry(f"{MODEL}{common.get(id(parameter), name)}", parameter, sharding, shared and stage.index > 0)
-
-
 class EngineState:
     """Weights and AdamW's moments of an engine."""
 
@@ -57,11 +46,14 @@ class EngineState:
 
     def entries(self) -> Iterator[Entry]:
         state = self.engine.optimizer.state
-        for weight in weights(self.engine):
-            yield weight
-            kept = state[weight.tensor]
-            for moment in MOMENTS:
-                yield replace(weight, name=f"{moment}/{weight.name.removeprefix(MODEL)}", tensor=kept[moment])
+        for stage in self.engine.stages:
+            common = {id(parameter): key for key, parameter in stage.shared.items()}
+            for name, parameter, sharding in sharded_parameters(stage.module):
+                name = common.get(id(parameter), name)
+                copied = id(parameter) in common and stage.index > 0
+                yield Entry(f"model/{name}", parameter, sharding, copied)
+                for moment in MOMENTS:
+                    yield Entry(f"{moment}/{name}", state[parameter][moment], sharding, copied)
 
     def counters(self) -> dict[str, Any]:
         steps = {int(state["step"]) for state in self.engine.optimizer.state.values()}

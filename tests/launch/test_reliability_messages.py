@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.launch.test_checkpoints import ONE, build, train
 from tests.parallel.checkpoint.small import SHARD, alone
@@ -23,6 +24,7 @@ from weft.launch.preflight import check_directory, check_run
 from weft.launch.reshard import reshard
 from weft.launch.saved_run import read_run
 from weft.launch.settings import build_settings, load_settings
+from weft.parallel import build_mesh
 from weft.parallel.checkpoint import MANIFEST, CheckpointError, Entry, FlatPart, load_checkpoint
 from weft.parallel.checkpoint.verify import problems_of
 
@@ -202,6 +204,15 @@ def reshard_nowhere(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPa
     reshard(path, Path("/proc/nowhere/new"), [])
 
 
+def reshard_renamed(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
+    change(path, lambda manifest: manifest["tensors"].update(other=manifest["tensors"].pop("model/norm.weight")))
+    dist.destroy_process_group()  # a process that reshards is alone
+    try:
+        reshard(path, path / "new", [])
+    finally:
+        build_mesh()
+
+
 def settings_file(text: str) -> Scenario:
     def scenario(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
         (path / "settings.yaml").write_text(text)
@@ -235,6 +246,7 @@ SCENARIOS: list[Scenario] = [
     reshard_onto,
     reshard_stranger,
     reshard_nowhere,
+    reshard_renamed,
     settings_file("[" * 5000),
     settings_file("a: &a [1, *a]"),
 ]
