@@ -102,7 +102,7 @@ def _write_rank(reader: PieceReader, manifest: Manifest, settings: Settings, wor
 
 def _entries(manifest: Manifest, settings: Settings, mesh: DeviceMesh) -> Iterator[Entry]:
     """Every kind of tensor that is stored of the weights that this rank holds, split as the weight where it can be."""
-    kinds = sorted({name.partition("/")[0] for name in manifest.tensors})
+    kinds = list(dict.fromkeys(name.partition("/")[0] for name in manifest.tensors))
     with without_numbers():
         engine = Engine(model_config(settings.model), settings, mesh, device=torch.device("meta"))
     for weight in _weights(engine):
