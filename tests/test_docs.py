@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.test_parallel_examples import EXAMPLES, lines
 from weft.launch.errors import UserError
 from weft.launch.settings import check_layout, load_settings
 
@@ -64,7 +65,8 @@ def trains(command: str) -> bool:
     return "train" in command and ".yaml" in command and "--dry-run" not in command
 
 
-RUN = [command for command in all_commands() if not command.startswith(NOT_RUN)]
+RUN_WITH_EXAMPLES = {" ".join(shlex.split(line, comments=True)) for name in EXAMPLES for line in lines(name)}
+RUN = [command for command in all_commands() if not command.startswith(NOT_RUN) and command not in RUN_WITH_EXAMPLES]
 CHECKED = [command for command in all_commands() if command.startswith(NOT_RUN)]
 
 

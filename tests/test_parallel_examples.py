@@ -15,12 +15,17 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ["own_gpt", "hugging_face_llama", "with_fsdp2", "with_ddp"]
 
 
-def commands(example: str) -> list[list[str]]:
-    """The indented lines of the docstring, to be run by this Python."""
+def lines(example: str) -> list[str]:
+    """The indented lines of the docstring: commands."""
     text = ast.get_docstring(ast.parse((ROOT / "examples" / f"{example}.py").read_text())) or ""
-    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("    ")]
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+def commands(example: str) -> list[list[str]]:
+    """The commands of the docstring, to be run by this Python."""
+    parts = [shlex.split(line, comments=True) for line in lines(example)]
     launchers = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    return [[*launchers[line[0]], *(["--standalone"] if line[0] == "torchrun" else []), *line[1:]] for line in lines]
+    return [[*launchers[line[0]], *(["--standalone"] if line[0] == "torchrun" else []), *line[1:]] for line in parts]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
