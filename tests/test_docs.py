@@ -26,6 +26,7 @@ from weft.launch.settings import check_layout, load_settings
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "docs/pipeline.md"  # its commands run in tests/parallel/pipeline/test_docs.py
 VERIFY = ROOT / "docs/verify.md"  # and its in tests/launch/test_verify_docs.py
+GENERATE = ROOT / "docs/generate-and-serve.md"  # and its in tests/launch/test_generate_docs.py
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", ROOT / "docker/README.md"]
 ROOMS = {"parallel": {"parallel"}, "model": {"parallel", "model"}, "launch": {"parallel", "model", "launch"}}
@@ -51,7 +52,9 @@ def commands(page: Path) -> list[str]:
 
 def all_commands() -> list[str]:
     return list(
-        dict.fromkeys(command for page in PAGES if page not in (PIPELINE, VERIFY) for command in commands(page))
+        dict.fromkeys(
+            command for page in PAGES if page not in (PIPELINE, VERIFY, GENERATE) for command in commands(page)
+        )
     )
 
 
