@@ -31,7 +31,7 @@ NOT_ALONE = ("dynamic", "longrope")
 
 
 def chosen(references: list[Reference]) -> list[Reference]:
-    """One reference of each family and kind of rotary positions, whose model sees as many positions as are generated."""
+    """One reference of each family and kind of rotary positions, whose model sees enough positions."""
     kept = {}
     for reference in references:
         config = json.loads((Path(reference.directory) / "config.json").read_text())
