@@ -143,16 +143,19 @@ class Agent(LocalElasticAgent):
             return
         self._looked = time.monotonic()
         records = read_records(self._logs.current)
-        if any(_hangs(record, self._looked, self._limit) for record in records):
+        elsewhere = self._bulletin is not None and self._bulletin.tells_of_failure()
+        limit = self._limit / 2 if elsewhere else self._limit  # the others have given up, so one here may be why
+        if any(
+            _hangs(record, self._looked, limit) or (elsewhere and record.process == "stopped") for record in records
+        ):
             self._hung = describe(records, now=self._looked).removeprefix("; ").capitalize()
-            self.kill()
-        elif self._bulletin is not None and self._bulletin.tells_of_failure():
+        if elsewhere or self._hung is not None:
             self.kill()
 
     def _take_note(self, result: RunResult) -> None:
         failures = read_failures(result.failures, self._logs.current)
         if self._hung is not None:
-            failures = [RankFailure(-1, 1, RunError.__name__, self._hung)]
+            failures = [RankFailure(-1, 1, RunError.__name__, self._hung, time=0.0)]
         else:
             failures = [failure for failure in failures if failure.kind or failure.rank not in self._killed]
         assert self._bulletin is not None

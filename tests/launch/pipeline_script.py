@@ -1,4 +1,4 @@
-"""A script of a user's own, as torchrun starts it: three stages; the second rank sends itself a signal in step 3."""
+"""A script of a user's own, as torchrun starts it: two stages; the second rank sends itself a signal in step 3."""
 
 import os
 import signal
@@ -30,12 +30,12 @@ class Doomed(nn.Linear):
 @record
 def main() -> None:
     torch.set_num_threads(1)
-    mesh = build_mesh(pipeline=3)["pipeline"]
+    mesh = build_mesh(pipeline=2)["pipeline"]
     rank = mesh.get_local_rank()
     module = Doomed(8, 8)
     if rank == 1:
         module.fate = signal.Signals[sys.argv[1]]
-    schedule = build_schedule("1f1b", ranks=3, microbatches=MICROBATCHES)
+    schedule = build_schedule("1f1b", ranks=2, microbatches=MICROBATCHES)
     stage = PipelineStage(module, rank)
     executor = PipelineExecutor(schedule, [stage], mesh, nn.functional.mse_loss, timeout=LIMIT)
     for _ in range(100):
