@@ -19,10 +19,10 @@ from weft.launch.source import Source
 from weft.launch.tokenizer import end_of_text, load_tokenizer
 from weft.launch.vocabulary import FILES, read_json
 from weft.model.config import ModelConfig, model_config
-from weft.model.decoder import DecoderStage
 from weft.model.hugging_face import find_stored, place_of, read_rows, stored_shape
 from weft.model.hugging_face_config import hugging_face_config
 from weft.model.safetensors_writer import Outgoing, write_safetensors
+from weft.model.stage import build_stage
 from weft.model.weight_names import Place
 from weft.parallel import build_mesh
 from weft.parallel.checkpoint import MANIFEST, Manifest, read_manifest
@@ -140,7 +140,7 @@ def _pieces(files: TensorFiles, config: ModelConfig) -> Iterator[StoredPiece]:
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """The full shape of every parameter of the model, by its name in a checkpoint."""
     started = dist.is_initialized()
-    stage = DecoderStage(config, range(config.num_hidden_layers), mesh=build_mesh()["tensor"], device="meta")
+    stage = build_stage(config, range(config.num_hidden_layers), mesh=build_mesh()["tensor"], device="meta")
     stage.tie()
     if not started:
         dist.destroy_process_group()

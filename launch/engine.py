@@ -13,17 +13,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.launch.objectives import IGNORED, content_key, prepare
 from weft.launch.optimizer import build_optimizer, learning_rate
 from weft.launch.schedules import load_schedule
 from weft.launch.sections import Settings
 from weft.model.config import ModelConfig
-from weft.model.decoder import TIED, DecoderStage, initial_distribution, without_sequence_parallelism
+from weft.model.decoder import DecoderStage, initial_distribution, without_sequence_parallelism
 from weft.model.generation.driver import Session
 from weft.model.generation.request import Request
 from weft.model.generation.sampling import Sampling
 from weft.model.generation.worker import Placement, Worker
 from weft.model.hugging_face import load_pretrained
 from weft.model.split import split_layers
+from weft.model.stage import build_stage, shared_stages
 from weft.parallel import (
     DropoutKey,
     GradientBuckets,
@@ -40,10 +42,9 @@ from weft.parallel import (
 )
 from weft.parallel.exchange import start_all_reduce
 from weft.parallel.pipeline.executor import StepResult
+from weft.parallel.pipeline.payload import Nest
 from weft.parallel.pipeline.timeline import Timeline
 from weft.parallel.records import RankRecord
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,22 @@ class Engine:
         """This rank's stages in words: `stage 0: layers 0 to 7`."""
         return [f"stage {stage.index}: {_layers(list(stage.module.layers))}" for stage in self.stages]  # type: ignore[arg-type]
 
-    def step(self, step: int, inputs: Tensor, targets: Tensor) -> StepOutcome:
+    def step(self, step: int, inputs: Nest, targets: Tensor) -> StepOutcome:
         """Train on this data rank's share of the global batch of the step numbered from 0.
 
-        Shapes: inputs and targets `[global_size / data, sequence]`, the same on all ranks of the replica.
+        Shapes: inputs and targets `[global_size / data, sequence]`, the same on all ranks of the replica: windows of
+        text and their next tokens, of which `weft.launch.objectives` makes what the model learns. Inputs that are a
+        tuple, such as tokens, mask and the decoder's tokens, and their targets are taken as they are.
         """
         self._set_mode(training=True)
+        first_sample = step * self.settings.batch.global_size
+        if isinstance(inputs, Tensor):
+            key = DropoutKey(self.settings.train.seed, self._samples(first_sample))
+            inputs, targets = prepare(self.config, inputs.to(self.device), targets.to(self.device), key)
         for buckets in self.buckets.values():
             buckets.zero()
         self._loss_weight = 1.0 / self._count_targets(targets)
-        result = self.executor.step(
-            self._cut(inputs), self._cut(targets), keywords=self._keywords(step * self.settings.batch.global_size)
-        )
+        result = self.executor.step(self._cut(inputs), self._cut(targets), keywords=self._keywords(first_sample))
         self.record.enter("gradient reduction")
         for buckets in self.buckets.values():
             buckets.finish()
@@ -151,8 +156,21 @@ class Engine:
         """
         self._set_mode(training=False)
         self._loss_weight = 1.0
+        inputs, targets = self._fixed(inputs, targets)
         result = self.executor.evaluate(self._cut(inputs), self._cut(targets))
         return self._over_data(result.loss), self._count_targets(targets)
+
+    def outputs(self, inputs: Nest, targets: Tensor) -> list[Any] | None:
+        """The logits of each microbatch, on the last stage; None on the others. Shapes: as for `step`."""
+        self._set_mode(training=False)
+        payload, _ = self._fixed(inputs, targets)
+        return self.executor.forward(self._cut(payload))
+
+    def _fixed(self, inputs: Nest, targets: Tensor) -> tuple[Nest, Tensor]:
+        if not isinstance(inputs, Tensor):
+            return inputs, targets
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        return prepare(self.config, inputs, targets, content_key(inputs))
 
     def generate(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling) -> list[int]:
         """Go on from a prompt with the weights as they are. A collective call of all ranks; rank 0 gets the tokens."""
@@ -180,11 +198,10 @@ class Engine:
 
     def _build_stages(self, dtype: torch.dtype) -> list[PipelineStage]:
         parallel, count = self.settings.parallel, self.schedule.stages
-        given = None if parallel.split == "auto" else parallel.split
-        layers = split_layers(self.config, count, given, self.settings.corpus.sequence_length)
+        layers = self._layers()
         stages = []
         for index in self.schedule.stages_of(self.pipeline.get_local_rank()):
-            module = DecoderStage(
+            module = build_stage(
                 self.config,
                 layers[index],
                 first=index == 0,
@@ -202,6 +219,12 @@ class Engine:
             stages.append(PipelineStage(module, index, shared=module.tied_parameters))
         return stages
 
+    def _layers(self) -> list[range]:
+        """The layers of every stage of the model."""
+        split = self.settings.parallel.split
+        given = None if split == "auto" else split
+        return split_layers(self.config, self.schedule.stages, given, self.settings.corpus.sequence_length)
+
     def _fill(self, module: nn.Module) -> None:
         """The weights to begin with: those of the directory that `model.pretrained` names, or drawn from the seed."""
         directory = self.settings.model.get("pretrained")
@@ -213,19 +236,16 @@ class Engine:
     def _build_buckets(self, stage: PipelineStage) -> GradientBuckets:
         return GradientBuckets(stage.module.parameters(), self.data, late=stage.shared.values())
 
-    def _boundary_shapes(self, dtype: torch.dtype) -> dict[int, Tensor]:
-        """What each stage hands on for a microbatch, as a tensor without numbers."""
+    def _boundary_shapes(self, dtype: torch.dtype) -> Literal["agree"] | dict[int, Tensor]:
+        """What each stage hands on for a microbatch, as a tensor without numbers, where that follows from settings."""
+        if self.config.kind != "decoder":
+            return "agree"
         length = self.settings.corpus.sequence_length
         if self.settings.parallel.sequence_parallel:
             length //= self.tensor.size()
         shape = (self.settings.batch.micro_size, length, self.config.hidden_size)
         output = torch.empty(shape, dtype=dtype, device="meta")  # [micro_size, sequence / tensor, hidden]
         return dict.fromkeys(range(self.schedule.stages), output)
-
-    def _tied_stages(self) -> dict[str, tuple[int, int]]:
-        """By the name of each parameter that two stages hold, those stages."""
-        stages = self.schedule.stages
-        return {TIED: (0, stages - 1)} if self.config.tie_word_embeddings and stages > 1 else {}
 
     def _build_executor(
         self, schedule: Schedule, shapes: Literal["agree"] | Mapping[int, Tensor] = "agree"
@@ -240,13 +260,13 @@ class Engine:
             timeout=self.settings.train.timeout,
             reduce_shared_gradients=False,
             before_last_backward=lambda stage: self.buckets[stage].arm(),
-            shared_stages=self._tied_stages(),
+            shared_stages=shared_stages(self.config, self._layers()),
             device=self.device,
             record=self.record,
         )
 
     def _count_parameters(self) -> list[nn.Parameter]:
-        copies = [p for stage in self.stages if stage.index > 0 for p in stage.shared.values()]
+        copies = [stage.shared[name] for stage in self.stages for name in stage.module.copies]  # type: ignore[union-attr]
         return counted_parameters(self.modules, self.tensor, copies)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -267,18 +287,27 @@ class Engine:
         for module in self.modules:
             module.train(training)
 
-    def _cut(self, rows: Tensor) -> Sequence[Tensor]:
+    def _cut(self, rows: Nest) -> Sequence[Nest]:
+        if rows is None:
+            return [None] * self.microbatches
+        if isinstance(rows, tuple):
+            return list(zip(*map(self._cut, rows), strict=True))
         return list(rows.to(self.device, non_blocking=True).chunk(self.microbatches))
+
+    def _samples(self, first_sample: int) -> Tensor:
+        """The numbers in the whole run of this replica's samples of a step."""
+        share = self.settings.batch.global_size // self.data.size()
+        first = first_sample + self.data.get_local_rank() * share
+        return torch.arange(first, first + share, device=self.device)
 
     def _keywords(self, first_sample: int) -> list[dict[str, Any]] | None:
         """The dropout keys of this replica's microbatches, when the model has any dropout."""
         config = self.config
-        if not (config.embedding_dropout or config.attention_dropout or config.residual_dropout):
+        drops = (config.embedding_dropout, config.attention_dropout, config.residual_dropout, config.mlp_dropout)
+        if not any(drops):
             return None
-        share = self.settings.batch.global_size // self.data.size()
-        first = first_sample + self.data.get_local_rank() * share
-        samples = torch.arange(first, first + share, device=self.device).chunk(self.microbatches)
-        return [{"dropout_key": DropoutKey(self.settings.train.seed, part)} for part in samples]
+        parts = self._samples(first_sample).chunk(self.microbatches)
+        return [{"dropout_key": DropoutKey(self.settings.train.seed, part)} for part in parts]
 
     def _count_targets(self, targets: Tensor) -> int:
         count = (targets != IGNORED).sum().reshape(1)

@@ -48,6 +48,8 @@ def load_placement(source: Source, mesh: DeviceMesh) -> Placement:
         UserError: the checkpoint is damaged or of another model.
     """
     config, parallel = source.config, source.settings.parallel
+    if config.kind != "decoder":
+        raise UserError(f"{source.path} is an {config.kind} model; only decoders go on from a text.")
     rank, count = mesh["pipeline"].get_local_rank(), mesh["pipeline"].size()
     layers = split_layers(config, count, None if parallel.split == "auto" else parallel.split)[rank]
     stage = DecoderStage(

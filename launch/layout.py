@@ -107,7 +107,8 @@ def _check_sequence(settings: Settings, model: "ModelConfig") -> None:
             f"corpus.sequence_length is {length}, but the model has {model.max_position_embeddings} positions "
             "(model.max_position_embeddings); shorten the one or raise the other."
         )
-    if settings.parallel.sequence_parallel and length % tensor:
+    tensor *= 2 if model.kind == "encoder-decoder" else 1  # each reads one half
+    if settings.parallel.sequence_parallel and settings.parallel.tensor > 1 and length % tensor:
         raise UserError(
             f"corpus.sequence_length is {length}, which does not divide over tensor {tensor} as "
             f"parallel.sequence_parallel needs; choose {length // tensor * tensor or tensor}, "

@@ -123,8 +123,9 @@ def _weights(engine: Engine) -> Iterator[Entry]:
     for stage in engine.stages:
         common = {id(parameter): key for key, parameter in stage.shared.items()}
         for name, parameter, sharding in sharded_parameters(stage.module):
-            shared = id(parameter) in common
-            yield Entry(common.get(id(parameter), name), parameter, sharding, shared and stage.index > 0)
+            known = common.get(id(parameter), name)
+            copied = id(parameter) in common and known in stage.module.copies  # type: ignore[operator]
+            yield Entry(known, parameter, sharding, copied)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class EngineState:
             common = {id(parameter): key for key, parameter in stage.shared.items()}
             for name, parameter, sharding in sharded_parameters(stage.module):
                 name = common.get(id(parameter), name)
-                copied = id(parameter) in common and stage.index > 0
+                copied = id(parameter) in common and name in stage.module.copies  # type: ignore[operator]
                 yield Entry(f"model/{name}", parameter, sharding, copied)
                 for moment in MOMENTS:
                     yield Entry(f"{moment}/{name}", state[parameter][moment], sharding, copied)

@@ -46,7 +46,7 @@ def _with_model_from_file(values: dict[str, Any]) -> dict[str, Any]:
     file = Path(directory) / "config.json"
     if "model_type" in model and not file.is_file():
         return values  # the resolved settings of a run whose directory is gone; a checkpoint has the weights
-    values = values | {"model": model_of_directory(directory) | model}
+    values = values | {"model": model_of_directory(directory) | model | {"pretrained": directory}}
     corpus = values.get("corpus", {})
     if isinstance(corpus, dict) and (Path(directory) / "tokenizer.json").is_file():
         values["corpus"] = {"tokenizer": directory} | corpus
@@ -59,7 +59,18 @@ def model_of_directory(directory: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not JSON.
     """
-    return _model_from_file("pretrained", directory, Path(directory) / "config.json")
+    config = _model_from_file("pretrained", directory, Path(directory) / "config.json")
+    mask = _mask_token(Path(directory) / "tokenizer.json") if config.get("model_type") == "bert" else None
+    return config if mask is None else {"mask_token_id": mask} | config
+
+
+def _mask_token(file: Path) -> int | None:
+    """The number of the token that stands for masked ones, which configs leave to the tokenizer."""
+    try:
+        added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
+    except (OSError, ValueError):
+        return None
+    return next((int(token["id"]) for token in added if token.get("content") == "[MASK]"), None)
 
 
 def _model_from_file(key: str, value: Any, path: Any) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def conclude(trainer: Trainer) -> None:
 
 def _sample(trainer: Trainer) -> Sample:
     """Text that goes on from the first held-out words, as far as the model was trained to see."""
-    length = trainer.settings.corpus.sequence_length
+    kind, length = trainer.engine.config.kind, trainer.settings.corpus.sequence_length
+    if kind != "decoder":
+        return Sample(prompt="", text=f"(no sample: the model is an {kind})")
     prompt = [int(token) for token in trainer.tokens.held_out[: min(PROMPT_TOKENS, -(-length // 2))]]
     sampling = Sampling(temperature=0.7, top_k=40, seed=trainer.settings.train.seed)
     tokens = trainer.engine.generate(prompt, min(SAMPLE_TOKENS, length - len(prompt)), sampling)

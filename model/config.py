@@ -26,6 +26,14 @@ class ModelConfig:
         sliding_window: how many positions the `sliding_layers` attend to, their own among them.
         attention_scale: of the scores; None: `1 / sqrt(head_dim)`.
         parallel_residual: attention and MLP both take the block's input.
+        causal: positions attend to none after them.
+        token_types: how many kinds of tokens have an embedding of their own, the first of which is added.
+        transformed_head: the head has a dense layer with activation and norm before it.
+        logits_scaled: the last hidden states are divided by `sqrt(hidden_size)`.
+        encoder_layers: so many of the layers are an encoder's, whose output the others, a decoder's, attend to.
+        relative_buckets, relative_distance: of relative positions (`weft.parallel.RelativePositionBias`).
+        start_token: what the decoder behind an encoder begins with.
+        mask_token: stands for a token that is to be found, where positions attend to those after them.
     """
 
     model_type: str
@@ -44,7 +52,7 @@ class ModelConfig:
     norm_after: Literal["none", "branch", "sum"] = "none"
     activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
     gated: bool = True
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: Literal["rotary", "learned", "relative"] = "rotary"
     rotary: Rotary = field(default_factory=Rotary)
     local_rotary: Rotary | None = None
     sliding_window: int | None = None
@@ -53,6 +61,18 @@ class ModelConfig:
     attention_scale: float | None = None
     parallel_residual: bool = False
     scaled_embedding: bool = False
+    normed_embedding: bool = False
+    final_norm: bool = True
+    causal: bool = True
+    token_types: int = 0
+    transformed_head: bool = False
+    head_bias: bool = False
+    logits_scaled: bool = False
+    encoder_layers: int = 0
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    start_token: int | None = None
+    mask_token: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -61,10 +81,25 @@ class ModelConfig:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+
+    @property
+    def kind(self) -> Literal["decoder", "encoder", "encoder-decoder"]:
+        """What the model is for: to go on from a text, to look at one whole, or to answer one with another."""
+        return "encoder-decoder" if self.encoder_layers else "decoder" if self.causal else "encoder"
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one block."""
+        """Parameters of one block, cross-attention not among them."""
+        mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+        if self.mlp_bias:
+            mlp += self.hidden_size + (2 if self.gated else 1) * self.intermediate_size
+        norms = 2 * self.norm_before + 2 * (self.norm_after != "none")
+        return self.attention_parameters + mlp + norms * self.norm_parameters
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one attention."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         if self.qkv_bias:
             attention += self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
@@ -74,11 +109,7 @@ class ModelConfig:
             attention += 2 * self.head_dim
         if self.qk_norm == "projection":
             attention += self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
-        if self.mlp_bias:
-            mlp += self.hidden_size + (2 if self.gated else 1) * self.intermediate_size
-        norms = 2 * self.norm_before + 2 * (self.norm_after != "none")
-        return attention + mlp + norms * self.norm_parameters
+        return attention
 
     @property
     def norm_parameters(self) -> int:
@@ -87,9 +118,17 @@ class ModelConfig:
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
-        positions = self.max_position_embeddings * self.hidden_size if self.positions == "learned" else 0
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return tables + positions + self.num_hidden_layers * self.layer_parameters + self.norm_parameters
+        positions = self.max_position_embeddings if self.positions == "learned" else 0
+        rows = self.vocab_size * (1 if self.tie_word_embeddings else 2) + positions + self.token_types
+        norms = self.final_norm + self.normed_embedding + self.transformed_head
+        outside = rows * self.hidden_size + norms * self.norm_parameters + self.vocab_size * self.head_bias
+        if self.transformed_head:
+            outside += self.hidden_size * (self.hidden_size + 1)
+        if self.encoder_layers:
+            crossing = self.num_hidden_layers - self.encoder_layers
+            outside += crossing * (self.attention_parameters + self.norm_parameters) + self.norm_parameters
+            outside += 2 * self.relative_buckets * self.num_attention_heads
+        return outside + self.num_hidden_layers * self.layer_parameters
 
     def window(self, layer: int) -> int | None:
         """How many positions that layer attends to; None: all."""
@@ -123,7 +162,8 @@ _IGNORED = {
     "chunk_size_feed_forward", "prefix", "forced_eos_token_id", "forced_bos_token_id",
 }  # fmt: skip
 # Keys that change the computation in a way not covered, with the values that leave it as it is
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantization_config": (None,)}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
+_MAY_BE_ZERO = {"token_types", "encoder_layers"}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROTARY_KEYS = {
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
@@ -153,6 +193,8 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         names = _own_names(key, value, family)
         if value is not None:
             values |= dict.fromkeys(names, value)
+    if family.encoder_decoder:
+        _read_encoder_decoder(values)
     _derive(values)
     _add_positions(values, settings, family)
     _add_windows(values, settings, family)
@@ -168,7 +210,7 @@ def _own_names(key: str, value: Any, family: Family) -> list[str]:
         return []
     if key in _WINDOW_KEYS and (family.windows is not None or not value):
         return []
-    neutral = {**_NEUTRAL, **family.neutral}
+    neutral = {**_NEUTRAL, "is_encoder_decoder": (family.encoder_decoder,), **family.neutral}
     if key in neutral:
         if value in neutral[key]:
             return []
@@ -178,6 +220,22 @@ def _own_names(key: str, value: Any, family: Family) -> list[str]:
     near = difflib.get_close_matches(key, [*family.names, *_IGNORED, *_ROTARY_KEYS], 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(family.names))}"
     raise ValueError(f"model.{key} is not a known key; {hint}")
+
+
+def _read_encoder_decoder(values: dict[str, Any]) -> None:
+    """What configs of encoder-decoder models say in their own way."""
+    layers = values.setdefault("encoder_layers", 6)
+    decoder_layers = values.pop("decoder_layers", layers)
+    for name, number in (("num_layers", layers), ("num_decoder_layers", decoder_layers)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"model.{name} is {number!r}; give it a whole number of at least 1")
+    values["num_hidden_layers"] = layers + decoder_layers
+    gate, _, activation = values.pop("feed_forward", "relu").rpartition("-")
+    if gate not in ("", "gated"):
+        raise ValueError(f"model.feed_forward_proj is '{gate}-{activation}'; choose relu or gated-gelu")
+    # T5 says gated-gelu where it means the approximation of GELU by tanh
+    values |= {"gated": bool(gate), "activation": "gelu_new" if gate and activation == "gelu" else activation}
+    values.setdefault("logits_scaled", values.get("tie_word_embeddings", True))
 
 
 def _add_positions(values: dict[str, Any], settings: Mapping[str, Any], family: Family) -> None:
@@ -273,7 +331,9 @@ def _checked(model_type: str, values: dict[str, Any]) -> ModelConfig:
         value = values[name]
         if kind is bool and not isinstance(value, bool):
             raise ValueError(f"model.{name} is {value!r}; choose true or false")
-        if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if kind is int and (
+            isinstance(value, bool) or not isinstance(value, int) or value < (name not in _MAY_BE_ZERO)
+        ):
             raise ValueError(f"model.{name} is {value!r}; give it a whole number of at least 1")
         if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             raise ValueError(f"model.{name} is {value!r}; give it a number of at least 0")

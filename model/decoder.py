@@ -21,6 +21,7 @@ from weft.parallel import (
     DropoutKey,
     LayerNorm,
     ParallelSelfAttention,
+    ReplicatedLinear,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -43,17 +44,18 @@ class MLP(nn.Module):
     Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` under sequence parallelism).
     """
 
-    def __init__(self, config: ModelConfig, **options: Any) -> None:
+    def __init__(self, config: ModelConfig, place: str, **options: Any) -> None:
         super().__init__()
         sizes = (config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.gate_proj = ColumnParallelLinear(*sizes, **options) if config.gated else None
         self.up_proj = ColumnParallelLinear(*sizes, **options)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, **options)
         self.activation = config.activation
+        self.dropout = Dropout(config.mlp_dropout, f"{place}.dropout")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout_key: DropoutKey | None = None) -> Tensor:
         if self.gate_proj is None:
-            hidden = self._activate(self.up_proj(x))
+            hidden = activate(self.up_proj(x), self.activation)
         else:
             layers = (self.gate_proj, self.up_proj)
             gate, up = column_matmul(
@@ -64,16 +66,22 @@ class MLP(nn.Module):
                 sequence_parallel=self.up_proj.sequence_parallel,
                 queue=self.up_proj.weight_gradient_queue,
             )
-            hidden = self._activate(gate) * up  # [batch, sequence, intermediate / tensor]
+            hidden = activate(gate, self.activation) * up  # [batch, sequence, intermediate / tensor]
+        if self.training and self.dropout.p:
+            width, mesh = hidden.shape[-1], self.up_proj.mesh
+            offset, full = mesh.get_local_rank() * width, mesh.size() * width
+            hidden = self.dropout(hidden, dropout_key, offset=offset, dim=2, full_size=full)
         result: Tensor = self.down_proj(hidden)
         return result
 
-    def _activate(self, x: Tensor) -> Tensor:
-        if self.activation == "silu":
-            return F.silu(x)
-        if self.activation == "relu":
-            return F.relu(x)
-        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation function of that name in `ModelConfig`."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class Block(nn.Module):
@@ -84,9 +92,18 @@ class Block(nn.Module):
     residual is parallel, with the same x: `x + attention(norm(x)) + mlp(norm(x))`.
     """
 
-    def __init__(self, config: ModelConfig, number: int, *, recompute_core: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        number: int,
+        *,
+        stack: str = "layers",
+        causal: bool | None = None,
+        recompute_core: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        place = f"layers.{number}"
+        place = f"{stack}.{number}"
         self.rotary, self.parallel = config.rotary_of(number), config.parallel_residual
         self.norms_sum = config.norm_after == "sum"
         self.input_layernorm = make_norm(config, **options) if config.norm_before else nn.Identity()
@@ -99,6 +116,7 @@ class Block(nn.Module):
             output_bias=config.output_bias,
             dropout=config.attention_dropout,
             place=f"{place}.self_attn",
+            is_causal=config.causal if causal is None else causal,
             scale=config.attention_scale,
             window=config.window(number),
             qk_norm=config.qk_norm,
@@ -108,7 +126,7 @@ class Block(nn.Module):
             **options,
         )
         self.post_attention_layernorm = make_norm(config, **options) if config.norm_before else nn.Identity()
-        self.mlp = MLP(config, **options)
+        self.mlp = MLP(config, f"{place}.mlp", **options)
         after = config.norm_after != "none"
         self.attention_output_norm = make_norm(config, **options) if after else nn.Identity()
         self.mlp_output_norm = make_norm(config, **options) if after else nn.Identity()
@@ -119,16 +137,20 @@ class Block(nn.Module):
         self,
         x: Tensor,
         *,
-        rotary: RotaryTable | None,
+        rotary: RotaryTable | None = None,
+        mask: Tensor | None = None,
         dropout_key: DropoutKey | None = None,
         cache: CachedLayer | None = None,
     ) -> Tensor:
-        """x and result: `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]`)."""
-        attended = self.self_attn(self.input_layernorm(x), rotary=rotary, dropout_key=dropout_key, cache=cache)
-        attended = self.attention_dropout(attended, dropout_key)
-        y = self._add(x, attended, self.attention_output_norm)
-        fed = self.mlp(self.post_attention_layernorm(x if self.parallel else y))
+        """x and result: `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]`); `mask`: of attention."""
+        y = self.attend(x, rotary=rotary, mask=mask, dropout_key=dropout_key, cache=cache)
+        fed = self.mlp(self.post_attention_layernorm(x if self.parallel else y), dropout_key)
         return self._add(y, self.mlp_dropout(fed, dropout_key), self.mlp_output_norm)
+
+    def attend(self, x: Tensor, *, dropout_key: DropoutKey | None, **options: Any) -> Tensor:
+        """x and what attention adds to it."""
+        attended = self.self_attn(self.input_layernorm(x), dropout_key=dropout_key, **options)
+        return self._add(x, self.attention_dropout(attended, dropout_key), self.attention_output_norm)
 
     def _add(self, x: Tensor, branch: Tensor, norm: nn.Module) -> Tensor:
         result: Tensor = norm(x + branch) if self.norms_sum else x + norm(branch)
@@ -153,7 +175,10 @@ class ResidualDropout(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """The blocks `layers` of a decoder, with the embedding on the first stage and norm and head on the last.
+    """The blocks `layers` of a decoder or encoder, with the embedding on the first stage and norm and head on the last.
+
+    An encoder takes, beside the tokens, a mask `[batch, sequence]` of what is no padding (True or 1; None: all), which
+    goes from stage to stage with the hidden states.
 
     Shapes: the first stage takes tokens `[batch, sequence]`; stages pass `[batch, sequence, hidden]`
     (`[batch, sequence / tensor, hidden]` with `sequence_parallel`); the last returns logits
@@ -192,10 +217,18 @@ class DecoderStage(nn.Module):
             {str(number): Block(config, number, recompute_core=selective, **options) for number in layers}
         )
         if last:
-            self.norm = make_norm(config, **options)
-            weight = self.get_parameter(TIED) if first and config.tie_word_embeddings else None
-            self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, weight=weight, **options)
+            self._add_head(self.get_parameter(TIED) if first and config.tie_word_embeddings else None, options)
         self.first, self.last = first, last
+
+    def _add_head(self, tied: nn.Parameter | None, options: dict[str, Any]) -> None:
+        config = self.config
+        self.norm = make_norm(config, **options) if config.final_norm else nn.Identity()
+        if config.transformed_head:
+            self.head_dense = ReplicatedLinear(config.hidden_size, config.hidden_size, **options)
+            self.head_norm = make_norm(config, **options)
+        self.lm_head = VocabParallelHead(
+            config.hidden_size, config.vocab_size, weight=tied, bias=config.head_bias, **options
+        )
 
     def _add_embedding(self, options: dict[str, Any]) -> None:
         config = self.config
@@ -203,9 +236,13 @@ class DecoderStage(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, **options | {"sequence_parallel": scattered}
         )
+        plain = {"device": options["device"], "dtype": options["dtype"]}
         if config.positions == "learned":
-            plain = {"device": options["device"], "dtype": options["dtype"]}
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size, **plain)
+        if config.token_types:
+            self.embed_types = nn.Embedding(config.token_types, config.hidden_size, **plain)
+        if config.normed_embedding:
+            self.embed_norm = make_norm(config, **options)
         self.embed_dropout = ResidualDropout(config, "embedding", p=config.embedding_dropout, **options)
 
     def tie(self) -> None:
@@ -221,11 +258,25 @@ class DecoderStage(nn.Module):
         holder = TIED if self.first else "lm_head.weight"
         return {TIED: self.get_parameter(holder)}
 
-    def forward(self, x: Tensor, *, dropout_key: DropoutKey | None = None) -> Tensor:
-        x = self.hidden(x, dropout_key=dropout_key)
-        return self.logits(x) if self.last else x
+    @property
+    def copies(self) -> set[str]:
+        """Which of the `tied_parameters` another stage counts and saves."""
+        return set() if self.first else set(self.tied_parameters)
 
-    def hidden(self, x: Tensor, *, dropout_key: DropoutKey | None = None, cache: CachedTokens | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, dropout_key: DropoutKey | None = None) -> Any:
+        x = self.hidden(x, mask, dropout_key=dropout_key)
+        if self.last:
+            return self.logits(x)
+        return x if self.config.causal else (x, mask)
+
+    def hidden(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        dropout_key: DropoutKey | None = None,
+        cache: CachedTokens | None = None,
+    ) -> Tensor:
         """What the last of these blocks gives, before norm and head, `[batch, sequence, hidden]`.
 
         With a `cache`, which sequence parallelism cannot have, x holds new tokens of sequences that the cache knows.
@@ -233,29 +284,37 @@ class DecoderStage(nn.Module):
         if self.first:
             x = self._embed(x, dropout_key, cache)
         tables = self._rotary_tables(x, cache)
+        visible = None if mask is None else mask.bool()[:, None, None]  # [batch, 1, 1, sequence]
         for name, block in self.layers.items():
             rotary = tables.get(block.rotary)
             if self.recompute == "full" and torch.is_grad_enabled():
-                x = recomputed(block, x, rotary=rotary, dropout_key=dropout_key)
+                x = recomputed(block, x, rotary=rotary, mask=visible, dropout_key=dropout_key)
             else:
                 cached = None if cache is None else cache.layer(name)
-                x = block(x, rotary=rotary, dropout_key=dropout_key, cache=cached)
+                x = block(x, rotary=rotary, mask=visible, dropout_key=dropout_key, cache=cached)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """This rank's part of the vocabulary's logits, on the last stage: `[batch, sequence, ceil(vocab / tensor)]`."""
-        result: Tensor = self.lm_head(self.norm(x))
+        x = self.norm(x)
+        if self.config.transformed_head:
+            x = self.head_norm(activate(self.head_dense(x), self.config.activation))
+        result: Tensor = self.lm_head(x)
         return result
 
     def _embed(self, tokens: Tensor, key: DropoutKey | None, cache: CachedTokens | None) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
         if self.config.scaled_embedding:
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        if self.config.token_types:
+            x = x + self.embed_types.weight[0]  # no token is of another type unless it is said
         if self.config.positions == "learned":
             places = self.embed_positions.weight[: tokens.shape[1]]
             x = x + (places if cache is None else self.embed_positions(cache.positions))
             if self.sequence_parallel:
                 x = split(x, self.mesh, 1)
+        if self.config.normed_embedding:
+            x = self.embed_norm(x)
         result: Tensor = self.embed_dropout(x, key)
         return result
 

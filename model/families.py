@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.model.weight_names import GEMMA3, GPT2, GPT_NEOX, LLAMA, OLMO2, PHI3, Stored
+from weft.model.weight_names import BERT, GEMMA3, GPT2, GPT_NEOX, LLAMA, OLMO2, PHI3, T5, Stored
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Family:
         rotary_fraction, local_theta: rotated share of a head, and the base in layers with a window (None: the same).
         neutral: keys that change the computation in a way not covered, with the values that leave it as it is.
         ignored: keys of this family that say nothing about the computation.
+        encoder_decoder: an encoder and a decoder that attends to what it gives.
     """
 
     names: Mapping[str, str]
@@ -49,6 +50,7 @@ class Family:
     local_theta: float | None = None
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    encoder_decoder: bool = False
 
 
 _COMMON_NAMES = {
@@ -157,6 +159,76 @@ _GEMMA3_NEUTRAL = {
     "final_logit_softcapping": (None,),
 }
 
+_BERT_NAMES = {
+    key: name for key, name in _COMMON_NAMES.items() if key not in ("attention_dropout", "tie_word_embeddings")
+} | {
+    "layer_norm_eps": "norm_eps",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "embedding_dropout residual_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "type_vocab_size": "token_types",
+    "mask_token_id": "mask_token",
+}
+_BERT_DEFAULTS = {
+    "max_position_embeddings": 512,
+    "norm": "layer",
+    "norm_eps": 1e-12,
+    "norm_before": False,
+    "norm_after": "sum",
+    "final_norm": False,
+    "normed_embedding": True,
+    "causal": False,
+    "activation": "gelu",
+    "gated": False,
+    "positions": "learned",
+    "token_types": 2,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "transformed_head": True,
+    "head_bias": True,
+    "tie_word_embeddings": True,
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+}
+_BERT_NEUTRAL = {
+    "tie_word_embeddings": (True,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute",),
+}
+_T5_NAMES = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "d_kv": "head_dim",
+    "d_ff": "intermediate_size",
+    "num_layers": "encoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "num_heads": "num_attention_heads",
+    "relative_attention_num_buckets": "relative_buckets",
+    "relative_attention_max_distance": "relative_distance",
+    "dropout_rate": "embedding_dropout attention_dropout residual_dropout mlp_dropout",
+    "layer_norm_epsilon": "norm_eps",
+    "feed_forward_proj": "feed_forward",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "scale_decoder_outputs": "logits_scaled",
+    "decoder_start_token_id": "start_token",
+}
+_T5_DEFAULTS = {
+    "head_dim": 64,
+    "max_position_embeddings": 1 << 20,
+    "positions": "relative",
+    "attention_scale": 1.0,
+    "tie_word_embeddings": True,
+    "start_token": 0,
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+    "mlp_dropout": 0.1,
+}
+_T5_IGNORED = {"classifier_dropout", "dense_act_fn", "is_gated_act", "initializer_factor", "n_positions"}
+
 FAMILIES = {
     "llama": Family(
         _LLAMA_NAMES | _BIASED | {"mlp_bias": "mlp_bias"}, {"max_position_embeddings": 2048}, LLAMA, "LlamaForCausalLM"
@@ -220,5 +292,22 @@ FAMILIES = {
         rotary_fraction=0.25,
         neutral={"is_decoder": (False,)},
         ignored=frozenset({"classifier_dropout"}),
+    ),
+    "bert": Family(
+        _BERT_NAMES,
+        _BERT_DEFAULTS,
+        BERT,
+        "BertForMaskedLM",
+        neutral=_BERT_NEUTRAL,
+        ignored=frozenset({"classifier_dropout", "gradient_checkpointing"}),
+    ),
+    "t5": Family(
+        _T5_NAMES,
+        _T5_DEFAULTS,
+        T5,
+        "T5ForConditionalGeneration",
+        neutral={"is_decoder": (False,)},
+        ignored=frozenset(_T5_IGNORED),
+        encoder_decoder=True,
     ),
 }

@@ -42,10 +42,12 @@ def check_pretrained(directory: str | Path, config: ModelConfig) -> None:
         ValueError: they are not.
     """
     head = config.num_attention_heads * config.head_dim
+    blocks = "decoder" if config.encoder_layers else "layers"
+    last = config.num_hidden_layers - config.encoder_layers - 1
     expected = {
         "embed_tokens.weight": (config.vocab_size, config.hidden_size),
-        "layers.0.self_attn.q_proj.weight": (head, config.hidden_size),
-        f"layers.{config.num_hidden_layers - 1}.mlp.down_proj.weight": (config.hidden_size, config.intermediate_size),
+        f"{blocks}.0.self_attn.q_proj.weight": (head, config.hidden_size),
+        f"{blocks}.{last}.mlp.down_proj.weight": (config.hidden_size, config.intermediate_size),
     }
     with ExitStack() as stack:
         files = TensorFiles(Path(directory), stack)

@@ -1,7 +1,7 @@
 """Where the files of each family store a module's weights: a table from own names to Hugging Face's.
 
 Own names split what files may fuse: `q_proj`, `k_proj` and `v_proj` are three modules in every family. `{}` stands for
-the number of the layer; `.weight` and `.bias` are left out where a module has them under the same name.
+the number of the layer; `.weight` and `.bias` are left out where a module has both in one place.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,8 @@ def find_place(weights: Mapping[str, Stored], config: "ModelConfig", name: str, 
     words = module.split(".")
     numbers = [word for word in words if word.isdecimal()]
     template = ".".join("{}" if word.isdecimal() else word for word in words)
-    stored = weights[template]
+    special = (f"{template}.{leaf}", *(() if config.gated else (f"{template}:ungated",)))
+    stored = next((weights[key] for key in special if key in weights), None) or weights[template]
     full_name = f"{stored.name}.{leaf}".replace("{}", "".join(numbers))
     transposed = stored.transposed and leaf == "weight"
     if not stored.parts:
@@ -159,4 +160,56 @@ GPT_NEOX = (
     )
     | _fused(_QKV, "gpt_neox.layers.{}.attention.query_key_value", HEADS)
     | {"lm_head": Stored("embed_out")}
+)
+BERT = (
+    _plain(
+        "bert.embeddings.",
+        {
+            "embed_tokens": "word_embeddings",
+            "embed_positions": "position_embeddings",
+            "embed_types": "token_type_embeddings",
+            "embed_norm": "LayerNorm",
+        },
+    )
+    | _layers(
+        "bert.encoder.layer",
+        {
+            "self_attn.q_proj": "attention.self.query",
+            "self_attn.k_proj": "attention.self.key",
+            "self_attn.v_proj": "attention.self.value",
+            "self_attn.o_proj": "attention.output.dense",
+            "attention_output_norm": "attention.output.LayerNorm",
+            "mlp.up_proj": "intermediate.dense",
+            "mlp.down_proj": "output.dense",
+            "mlp_output_norm": "output.LayerNorm",
+        },
+    )
+    | _plain("cls.predictions.", {"head_dense": "transform.dense", "head_norm": "transform.LayerNorm"})
+    | {"lm_head": Stored("cls.predictions.decoder"), "lm_head.bias": Stored("cls.predictions")}
+)
+
+
+def _t5_stack(stack: str, mlp: int) -> dict[str, Stored]:
+    names = {
+        "self_attn": "layer.0.SelfAttention",
+        "cross_attn": "layer.1.EncDecAttention",
+    }
+    places = {f"{own}.{letter}_proj": f"{stored}.{letter}" for own, stored in names.items() for letter in "qkvo"} | {
+        "input_layernorm": "layer.0.layer_norm",
+        "cross_attention_layernorm": "layer.1.layer_norm",
+        "post_attention_layernorm": f"layer.{mlp}.layer_norm",
+        "mlp.down_proj": f"layer.{mlp}.DenseReluDense.wo",
+        "mlp.gate_proj": f"layer.{mlp}.DenseReluDense.wi_0",
+        "mlp.up_proj": f"layer.{mlp}.DenseReluDense.wi_1",
+        "mlp.up_proj:ungated": f"layer.{mlp}.DenseReluDense.wi",
+    }
+    blocks = {f"{stack}.{{}}.{own}": Stored(f"{stack}.block.{{}}.{stored}") for own, stored in places.items()}
+    return blocks | {f"{stack}_bias": Stored(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias")}
+
+
+T5 = (
+    {"embed_tokens": Stored("shared"), "lm_head": Stored("lm_head")}
+    | {"encoder_norm": Stored("encoder.final_layer_norm"), "norm": Stored("decoder.final_layer_norm")}
+    | _t5_stack("encoder", 1)
+    | _t5_stack("decoder", 2)
 )

@@ -42,6 +42,7 @@ from .sharding import Sharding as Sharding
 from .sharding import gather_full as gather_full
 from .sharding import shardings as shardings
 from .sharding import take_shard as take_shard
+from .tensor.attention import ParallelCrossAttention as ParallelCrossAttention
 from .tensor.attention import ParallelSelfAttention as ParallelSelfAttention
 from .tensor.cache import KeyValueCache as KeyValueCache
 from .tensor.check import check_parallel as check_parallel
@@ -51,6 +52,7 @@ from .tensor.dropout import DropoutKey as DropoutKey
 from .tensor.embedding import VocabParallelEmbedding as VocabParallelEmbedding
 from .tensor.embedding import VocabParallelHead as VocabParallelHead
 from .tensor.linear import ColumnParallelLinear as ColumnParallelLinear
+from .tensor.linear import ReplicatedLinear as ReplicatedLinear
 from .tensor.linear import RowParallelLinear as RowParallelLinear
 from .tensor.load import load_shards as load_shards
 from .tensor.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
@@ -60,4 +62,5 @@ from .tensor.parallelize import parallelize as parallelize
 from .tensor.partial import defer_partial_gradients as defer_partial_gradients
 from .tensor.partial import reduce_partial_gradients as reduce_partial_gradients
 from .tensor.plans import Style as Style
+from .tensor.relative import RelativePositionBias as RelativePositionBias
 from .traffic import count_traffic as count_traffic

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "docs/pipeline.md"  # its commands run in tests/parallel/pipeline/test_docs.py
 VERIFY = ROOT / "docs/verify.md"  # and its in tests/launch/test_verify_docs.py
 GENERATE = ROOT / "docs/generate-and-serve.md"  # and its in tests/launch/test_generate_docs.py
+MODELS = ROOT / "docs/models.md"  # and its in tests/launch/test_models_docs.py
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", ROOT / "docker/README.md"]
 ROOMS = {"parallel": {"parallel"}, "model": {"parallel", "model"}, "launch": {"parallel", "model", "launch"}}
@@ -53,7 +54,7 @@ def commands(page: Path) -> list[str]:
 def all_commands() -> list[str]:
     return list(
         dict.fromkeys(
-            command for page in PAGES if page not in (PIPELINE, VERIFY, GENERATE) for command in commands(page)
+            command for page in PAGES if page not in (PIPELINE, VERIFY, GENERATE, MODELS) for command in commands(page)
         )
     )
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tests.plain.train import PlainRun, build_plain, train_plain
 from tests.pool import Pool
-from weft.launch.engine import IGNORED, Engine
+from weft.launch.engine import Engine
+from weft.launch.objectives import IGNORED
 from weft.launch.sections import Settings
 from weft.launch.settings import build_settings
 from weft.model.config import model_config

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from weft.launch.engine import IGNORED, Engine
+from weft.launch.engine import Engine
 from weft.launch.errors import UserError
 from weft.launch.layout import check_layout
+from weft.launch.objectives import IGNORED
 from weft.launch.sections import Settings
 from weft.launch.verify.layout import MICROBATCHES, Layout, Plan, grids, schedules
 from weft.model.config import model_config
@@ -133,10 +134,7 @@ class EngineRun:
 
     def output(self) -> Tensor | None:
         """Logits `[rows, sequence, ceil(vocabulary / tensor)]` of the first batch, without dropout."""
-        for module in self.modules:
-            module.eval()
-        inputs, _ = self._batch(0)
-        parts = self.engine.executor.forward(list(inputs.chunk(self.engine.microbatches)))
+        parts = self.engine.outputs(*self._batch(0))
         return None if parts is None else torch.cat(parts)  # type: ignore[arg-type]
 
     def step(self, number: int) -> tuple[float, float]:

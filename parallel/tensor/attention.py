@@ -130,8 +130,11 @@ class ParallelSelfAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, heads / tensor, sequence, head_dim]`, k and v `[batch, kv_heads / tensor, sequence, head_dim]`."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        projected = column_matmul(
+        return self._into_heads(*self._matmul(x, self.q_proj, self.k_proj, self.v_proj))
+
+    def _matmul(self, x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+        """What each of the layers makes of x, whose gradients share one reduction."""
+        return column_matmul(
             x,
             [layer.used("weight") for layer in layers],
             [layer.used("bias") for layer in layers],
@@ -139,7 +142,6 @@ class ParallelSelfAttention(nn.Module):
             sequence_parallel=self.sequence_parallel,
             queue=self.q_proj.weight_gradient_queue,
         )
-        return self._into_heads(*projected)
 
     def _into_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qk_norm == "projection":
@@ -202,6 +204,31 @@ class ParallelSelfAttention(nn.Module):
             f"heads={self.num_heads} (local {self.local_heads}), "
             f"key-value heads={self.num_kv_heads} (local {self.local_kv_heads})"
         )
+
+
+class ParallelCrossAttention(ParallelSelfAttention):
+    """Attention of one sequence to another: q from x, k and v from `context`, such as an encoder's output.
+
+    Shapes: x and result `[batch, sequence, hidden]`, context `[batch, context sequence, hidden]` (each `sequence /
+    tensor` with `sequence_parallel`).
+    Communication: as `ParallelSelfAttention`, and in the backward an all-reduce (forward an all-gather, backward an
+    all-gather and a reduce-scatter) for the context.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, dropout_key: DropoutKey | None = None
+    ) -> Tensor:
+        """`mask`: added to the scores or boolean (True: attend), broadcast to `[batch, heads / tensor, sequence,
+        context sequence]`."""
+        (q,) = self._matmul(x, self.q_proj)
+        k, v = self._matmul(context, self.k_proj, self.v_proj)
+        q, k, v = self._into_heads(q, k, v)
+        if self.recompute_core and torch.is_grad_enabled():
+            heads = recomputed(self._attend, q, k, v, mask, dropout_key)
+        else:
+            heads = self._attend(q, k, v, mask, dropout_key)
+        merged: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
+        return merged
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

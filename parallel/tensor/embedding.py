@@ -101,12 +101,17 @@ class VocabParallelHead(nn.Module):
         mesh: DeviceMesh,
         sequence_parallel: bool = False,
         weight: nn.Parameter | None = None,
+        bias: bool = False,
         **factory: Any,
     ) -> None:
         super().__init__()
         sharding = Sharding(Shard(0), mesh, (vocab_size, hidden_size))
         self.mesh, self.sequence_parallel = mesh, sequence_parallel
         self.shardings = {"weight": sharding}
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.shardings["bias"] = Sharding(Shard(0), mesh, (vocab_size,))
+            self.bias = nn.Parameter(torch.zeros(self.shardings["bias"].local_shape, **factory))
         self.weight = weight if weight is not None else nn.Parameter(torch.empty(sharding.local_shape, **factory))
         rank = mesh.get_local_rank()
         self.held_rows = sum(part.length for part in sharding.slices(rank))
@@ -126,7 +131,7 @@ class VocabParallelHead(nn.Module):
         (logits,) = column_matmul(
             x,
             [self.weight],
-            [None],
+            [self.bias],
             mesh=self.mesh,
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,

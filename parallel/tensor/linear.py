@@ -181,3 +181,25 @@ class RowParallelLinear(ParallelLinear):
             self.region.end_split()
         bias = self.used("bias")
         return y if bias is None else y + bias.to(y.dtype)  # bias is float32 under autocast
+
+
+class ReplicatedLinear(ShardedModule, nn.Linear):
+    """`y = x W^T + b` with the whole weight on every rank, for few features between split layers.
+
+    Shapes: x `[…, sequence, in_features]` (`[…, sequence / tensor, in_features]` with `sequence_parallel`), result
+    `[…, out_features]` likewise.
+    Communication: none; with `sequence_parallel` the gradients of weight and bias are summed over `mesh`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, mesh: DeviceMesh, sequence_parallel: bool = False, **factory: Any
+    ) -> None:
+        super().__init__(in_features, out_features, **factory)
+        partial = sequence_parallel and mesh.size() > 1
+        self.shardings = {
+            name: replicated(mesh, parameter.shape, partial_gradient=partial)
+            for name, parameter in self.named_parameters()
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.used("weight"), self.used("bias"))

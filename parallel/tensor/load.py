@@ -71,7 +71,9 @@ class TensorFiles:
     def full_name(self, name: str, prefix: str | None = None) -> str | None:
         """The name under which the tensor is stored, with or without the prefix (default: the name's first word)."""
         prefix = name.partition(".")[0] if prefix is None else prefix
-        known = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        known = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
+        if "LayerNorm." in name:  # as the first published BERT models have it
+            known += [other.replace(".weight", ".gamma").replace(".bias", ".beta") for other in known]
         return next((candidate for candidate in known if candidate in self._file_of), None)
 
     def holds(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.parallel.hugging_face import VOCABULARY, build
 
-ROWS, SEQUENCE = 2, 20
+ROWS, SEQUENCE, ANSWER = 2, 20, 12
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ def rotary(kind: str, **values: Any) -> dict[str, Any]:
 
 
 CASES = [
+    Case("bert"),
+    Case("t5", {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 3}),
+    Case("bert", {"type_vocab_size": 1, "hidden_act": "gelu_new"}),
+    Case(
+        "t5", {"tie_word_embeddings": False, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    ),
     Case("llama", {"num_key_value_heads": 1}),
     Case("llama-tied", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
     Case("mistral"),
@@ -82,6 +88,17 @@ class Reference:
     logits: Tensor
     loss: float
 
+    @property
+    def inputs(self) -> Any:
+        """What the first stage of the pipeline takes."""
+        given = inputs_of(self.case)
+        order = [given[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in given]
+        return tuple(order) if len(order) > 1 else order[0]
+
+    @property
+    def targets(self) -> Tensor:
+        return targets_of(self.case)
+
 
 def tokens() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
@@ -89,13 +106,32 @@ def tokens() -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    """By transformers' names; encoders have padding at the end of one row."""
+    inputs, answers = tokens()
+    if case.model not in ("bert", "t5"):
+        return {"input_ids": inputs}
+    mask = torch.ones_like(inputs)
+    mask[1, 13:] = 0
+    decoder = {"decoder_input_ids": answers[:, :ANSWER]} if case.model == "t5" else {}
+    return {"input_ids": inputs, "attention_mask": mask} | decoder
+
+
+def targets_of(case: Case) -> Tensor:
+    _, answers = tokens()
+    if case.model == "t5":
+        return answers[:, 1 : ANSWER + 1]
+    return answers.masked_fill(inputs_of(case)["attention_mask"] == 0, -100) if case.model == "bert" else answers
+
+
 def make_reference(case: Case, directory: Path) -> Reference:
     model = build(case.model, torch.float32, **case.changes).eval()
     if case.model.startswith("gemma"):  # whose norms add 1 to their weights
         for name, parameter in model.named_parameters():
             parameter.data.sub_(1.0 if name.endswith("norm.weight") else 0.0)
-    inputs, targets = tokens()
-    logits = model(input_ids=inputs, use_cache=False).logits
+    targets = targets_of(case)
+    cached = {} if case.model == "bert" else {"use_cache": False}
+    logits = model(**inputs_of(case), **cached).logits
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     model.save_pretrained(directory / "model", max_shard_size="40KB")

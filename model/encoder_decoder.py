@@ -1,0 +1,207 @@
+"""Encoder-decoder models (Vaswani et al. 2017; Raffel et al. 2020) as one pipeline: encoder first, then decoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from weft.model.config import ModelConfig
+from weft.model.decoder import TIED, Block, Recompute, ResidualDropout, make_norm
+from weft.parallel import (
+    DropoutKey,
+    ParallelCrossAttention,
+    RelativePositionBias,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    recomputed,
+)
+
+
+class CrossBlock(Block):
+    """A decoder's block: attention within its own sequence, then to the encoder's output, then an MLP."""
+
+    def __init__(self, config: ModelConfig, number: int, *, recompute_core: bool = False, **options: Any) -> None:
+        super().__init__(config, number, stack="decoder", causal=True, recompute_core=recompute_core, **options)
+        self.cross_attention_layernorm = make_norm(config, **options)
+        self.cross_attn = ParallelCrossAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            dropout=config.attention_dropout,
+            place=f"decoder.{number}.cross_attn",
+            is_causal=False,
+            scale=config.attention_scale,
+            recompute_core=recompute_core,
+            **options,
+        )
+        self.cross_dropout = ResidualDropout(config, f"decoder.{number}.cross_residual", **options)
+
+    def forward(  # type: ignore[override]
+        self,
+        y: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None,
+        visible: Tensor | None,
+        dropout_key: DropoutKey | None = None,
+    ) -> Tensor:
+        """`mask`: added to the scores within y; `visible`: boolean, what of the context may be attended to."""
+        y = self.attend(y, mask=mask, dropout_key=dropout_key)
+        crossed = self.cross_attn(self.cross_attention_layernorm(y), context, mask=visible, dropout_key=dropout_key)
+        y = y + self.cross_dropout(crossed, dropout_key)
+        fed = self.mlp(self.post_attention_layernorm(y), dropout_key)
+        result: Tensor = y + self.mlp_dropout(fed, dropout_key)
+        return result
+
+
+class EncoderDecoderStage(nn.Module):
+    """The blocks `layers`, the encoder's before the decoder's, of a model with relative positions such as T5.
+
+    What travels from stage to stage is a triple: the encoder's hidden states (after its last layer: its output), the
+    mask of what is no padding in its sequence, and the decoder's hidden states. The first stage takes tokens in place
+    of hidden states.
+
+    Shapes: tokens and mask (True or 1; None: all) `[batch, sequence]`; hidden states `[batch, sequence, hidden]`
+    (`[batch, sequence / tensor, hidden]` with `sequence_parallel`), where encoder and decoder may differ in their
+    sequence; the last stage returns logits `[batch, decoder sequence, ceil(vocab / tensor)]`.
+
+    Blocks go by their number in their own stack: `encoder.0`, `decoder.0`. The bias of relative positions belongs to
+    all layers of a stack; every stage that has some of them holds it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[int],
+        *,
+        first: bool = True,
+        last: bool = True,
+        mesh: DeviceMesh,
+        sequence_parallel: bool = False,
+        recompute: Recompute = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.sequence_parallel = sequence_parallel and mesh.size() > 1
+        self.first, self.last = first, last
+        options: dict[str, Any] = {"mesh": mesh, "device": device, "dtype": dtype}
+        split: dict[str, Any] = options | {"sequence_parallel": self.sequence_parallel}
+        if first:
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **split)
+            self.encoder_dropout = self._dropout("encoder_embedding", split)
+            self.decoder_dropout = self._dropout("decoder_embedding", split)
+        self._add_blocks(layers, options, split | {"recompute_core": recompute == "selective"})
+        if config.encoder_layers - 1 in layers:
+            self.encoder_norm = make_norm(config, **split)
+            self.encoder_output_dropout = self._dropout("encoder_output", split)
+        if last:
+            self.norm = make_norm(config, **split)
+            self.output_dropout = self._dropout("decoder_output", split)
+            weight = self.get_parameter(TIED) if first and config.tie_word_embeddings else None
+            self.lm_head = VocabParallelHead(config.hidden_size, config.vocab_size, weight=weight, **split)
+
+    def _dropout(self, place: str, options: dict[str, Any]) -> ResidualDropout:
+        return ResidualDropout(self.config, place, p=self.config.embedding_dropout, **options)
+
+    def _add_blocks(self, layers: Sequence[int], options: dict[str, Any], block_options: dict[str, Any]) -> None:
+        config, depth = self.config, self.config.encoder_layers
+        own = [layer for layer in layers if layer < depth]
+        self.encoder = nn.ModuleDict(
+            {str(layer): Block(config, layer, stack="encoder", causal=False, **block_options) for layer in own}
+        )
+        numbers = [layer - depth for layer in layers if layer >= depth]
+        self.decoder = nn.ModuleDict({str(number): CrossBlock(config, number, **block_options) for number in numbers})
+        for stack in ("encoder", "decoder"):
+            if getattr(self, stack):
+                bias = RelativePositionBias(
+                    config.relative_buckets,
+                    config.num_attention_heads,
+                    max_distance=config.relative_distance,
+                    bidirectional=stack == "encoder",
+                    **options,
+                )
+                self.add_module(f"{stack}_bias", bias)
+
+    @property
+    def layers(self) -> list[str]:
+        """The numbers of this stage's blocks in the whole model."""
+        return [*self.encoder, *(str(self.config.encoder_layers + int(number)) for number in self.decoder)]
+
+    def tie(self) -> None:
+        """Make embedding and head of one stage share their weight again, after parameters were materialised."""
+        if self.config.tie_word_embeddings and self.first and self.last:
+            self.lm_head.weight = self.get_parameter(TIED)
+
+    @property
+    def tied_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of this stage that another stage may hold too, by a name common to both."""
+        found: dict[str, nn.Parameter] = {}
+        if self.config.tie_word_embeddings and self.first != self.last:
+            found[TIED] = self.get_parameter(TIED if self.first else "lm_head.weight")
+        for stack in ("encoder", "decoder"):
+            held, whole = getattr(self, stack), stack_depth(self.config, stack)
+            if 0 < len(held) < whole:
+                found[f"{stack}_bias.weight"] = self.get_parameter(f"{stack}_bias.weight")
+        return found
+
+    @property
+    def copies(self) -> set[str]:
+        """Which of the `tied_parameters` another stage counts and saves: the bias belongs to the first of its stack."""
+        owned = {f"{stack}_bias.weight" for stack in ("encoder", "decoder") if "0" in getattr(self, stack)}
+        return set(self.tied_parameters) - owned - ({TIED} if self.first else set())
+
+    def forward(self, x: Tensor, mask: Tensor | None, y: Tensor, *, dropout_key: DropoutKey | None = None) -> Any:
+        if self.first:
+            x = self.encoder_dropout(self.embed_tokens(x), dropout_key)
+            y = self.decoder_dropout(self.embed_tokens(y), dropout_key)
+        visible = None if mask is None else mask.bool()[:, None, None]  # [batch, 1, 1, sequence]
+        x = self._encode(x, visible, dropout_key)
+        y = self._decode(y, x, visible, dropout_key)
+        return self._logits(y, dropout_key) if self.last else (x, mask, y)
+
+    def _encode(self, x: Tensor, visible: Tensor | None, key: DropoutKey | None) -> Tensor:
+        if self.encoder:
+            length = self._length(x)
+            bias: Tensor = self.encoder_bias(length, length)  # type: ignore[operator]
+            if visible is not None:
+                bias = bias.masked_fill(~visible, -torch.inf)
+            for block in self.encoder.values():
+                x = self._run(block, x, mask=bias, dropout_key=key)
+        if str(self.config.encoder_layers - 1) in self.encoder:
+            x = self.encoder_output_dropout(self.encoder_norm(x), key)
+        return x
+
+    def _decode(self, y: Tensor, context: Tensor, visible: Tensor | None, key: DropoutKey | None) -> Tensor:
+        if self.decoder:
+            length = self._length(y)
+            later = torch.ones(length, length, dtype=torch.bool, device=y.device).triu(1)
+            bias = self.decoder_bias(length, length).masked_fill(later, -torch.inf)  # type: ignore[operator]
+            for block in self.decoder.values():
+                y = self._run(block, y, context, mask=bias, visible=visible, dropout_key=key)
+        return y
+
+    def _run(self, block: nn.Module, *inputs: Tensor, **options: Any) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recomputed(block, *inputs, **options)  # type: ignore[no-any-return]
+        result: Tensor = block(*inputs, **options)
+        return result
+
+    def _length(self, x: Tensor) -> int:
+        return x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
+
+    def _logits(self, y: Tensor, key: DropoutKey | None) -> Tensor:
+        y = self.output_dropout(self.norm(y), key)
+        if self.config.logits_scaled:
+            y = y * self.config.hidden_size**-0.5
+        logits: Tensor = self.lm_head(y)
+        return logits
+
+
+def stack_depth(config: ModelConfig, stack: str) -> int:
+    """How many layers the "encoder" or "decoder" has."""
+    return config.encoder_layers if stack == "encoder" else config.num_hidden_layers - config.encoder_layers
