@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
 from weft.launch.plan.breakdown import Memory, StepTime
 from weft.launch.plan.flops import hardware_flops, model_flops, palm_flops
+from weft.launch.plan.layout import Layout
 from weft.launch.plan.reasons import largest_part, size_text, why_slower, why_too_large
 from weft.launch.plan.search import TIE, Candidate, Plan, Planner
 from weft.launch.units import milliseconds_text
@@ -28,7 +30,7 @@ def plan_text(plan: Plan, planner: Planner, top: int, as_set: Candidate | None) 
     """The ranked table, the winner in detail, and why others lose."""
     blocks = [_headline(plan)]
     if plan.fitting:
-        blocks += [_ranked(plan, top), *_winner(plan)]
+        blocks += [_ranked(plan, top), *_winner(plan, planner)]
         blocks.append("\n".join(["Why others lose", *_losers(plan, planner, as_set)]))
     return "\n\n".join(blocks)
 
@@ -104,7 +106,7 @@ def _ranked(plan: Plan, top: int) -> str:
     return f"{_table(header, rows)}\n{note}"
 
 
-def _winner(plan: Plan) -> Iterator[str]:
+def _winner(plan: Plan, planner: Planner) -> Iterator[str]:
     best = plan.best
     yield "Time of the best\n" + _time_lines(best.time)
     yield "Memory of its fullest rank\n" + _memory_lines(best.memory)
@@ -115,6 +117,18 @@ def _winner(plan: Plan) -> Iterator[str]:
         "counts."
     )
     yield _rank_map(plan, best)
+    if best.layout.pipeline > 1:
+        yield f"Its timeline, in milliseconds:  {_drawing(plan, planner, best.layout)}"
+
+
+def _drawing(plan: Plan, planner: Planner, layout: Layout) -> str:
+    """The command that draws the schedule of a layout with the mean times of its stages."""
+    times = planner.times_of(layout)
+    kinds = (times.forward, times.input_gradient, times.weight_gradient, [times.send])
+    costs = ",".join(f"{1e3 * mean(seconds):.4g}" for seconds in kinds)
+    several = f" --stages-per-rank {layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
+    count = layout.microbatches(plan.space.job)
+    return f"weft schedule {layout.schedule} --ranks {layout.pipeline} --microbatches {count}{several} --costs {costs}"
 
 
 def _time_lines(time: StepTime) -> str:

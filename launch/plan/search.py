@@ -14,7 +14,7 @@ from weft.launch.plan.candidates import Space
 from weft.launch.plan.cluster import Cluster
 from weft.launch.plan.layout import Layout
 from weft.launch.plan.memory import worst_memory
-from weft.launch.plan.stages import Pieces, pieces_of, stage_times
+from weft.launch.plan.stages import Pieces, StageTimes, pieces_of, stage_times
 from weft.launch.plan.step import step_of
 
 SIMULATED = 100
@@ -86,10 +86,18 @@ class Planner:
     def price(self, layout: Layout, *, simulate: bool) -> Candidate:
         """Memory and time of a layout; with `simulate` both are read off its schedule's table."""
         space = self.space
+        model = self._model_of(layout)
         memory = worst_memory(space.shape, space.job, layout, space.recipe, read_table=simulate)
-        model = Model(space.shape, space.job, layout, space.recipe, self.cluster)
-        times = stage_times(model, self._pieces_of(model))
-        return Candidate(layout, memory, step_of(model, times, simulate=simulate))
+        return Candidate(layout, memory, step_of(model, self.times_of(layout), simulate=simulate))
+
+    def times_of(self, layout: Layout) -> StageTimes:
+        """Seconds of each stage of a layout for one microbatch."""
+        model = self._model_of(layout)
+        return stage_times(model, self._pieces_of(model))
+
+    def _model_of(self, layout: Layout) -> Model:
+        space = self.space
+        return Model(space.shape, space.job, layout, space.recipe, self.cluster)
 
     def _pieces_of(self, model: Model) -> Pieces:
         layout = model.layout

@@ -21,6 +21,15 @@ def test_table_names_the_best_and_why_others_lose(capsys: pytest.CaptureFixture[
     assert "the layout of the settings (data 1 · tensor 2 · pipeline 2 (1f1b) · microbatch 8)" in text
 
 
+def test_the_timeline_of_the_best_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text("like: cpu\nmemory: 0.3125\n")
+    assert run(["plan", DEMO, f"cluster.device={file}", "cluster.devices_per_node=4"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "weft schedule" in line]
+    assert run(line.partition("weft ")[2].split()) == 0
+    assert "bubble" in capsys.readouterr().out
+
+
 def test_json_holds_sizes_and_times_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", DEMO, "--top", "2", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
