@@ -4,14 +4,14 @@
     python benchmarks/planning.py --cluster runs/machine.yaml
 
 All layouts are trained in turn, several rounds; medians. Prints both times, the error, and Spearman's rank correlation.
-Needs a machine that has nothing else to do: says how long the ranks waited for a core, and ends with status 3 when that
-was too long to judge.
+Where the ranks share cores, `cores` is what a step takes of them, CPU seconds of all ranks per core: on a machine with
+nothing else to do it is the measured time less what all ranks wait at once. When the machine is busy, the planner is
+judged by it, and the page says so.
 """
 
 import argparse
 import os
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from weft.launch.calibrate.measure import cores_here
 from weft.launch.engine import Engine
 from weft.launch.plan.ask import layout_as_set, space_of
 from weft.launch.plan.cluster import load_cluster
@@ -51,8 +52,8 @@ def settings_of(layout: list[str]) -> Settings:
     return resolved(load_settings("configs/demo.yaml", overrides), RANKS)
 
 
-def measure(rounds: int, steps: int) -> tuple[dict[str, float], float]:
-    """Median seconds of a step in each layout, and wall time per CPU time."""
+def measure(rounds: int, steps: int) -> tuple[dict[str, float], dict[str, float], float]:
+    """Median seconds of a step in each layout, CPU seconds of this rank, and wall time per CPU time."""
     torch.set_num_threads(1)
     engines: dict[str, Any] = {}
     for name, layout in LAYOUTS.items():
@@ -65,18 +66,21 @@ def measure(rounds: int, steps: int) -> tuple[dict[str, float], float]:
         engine.step(0, tokens, tokens)
         engines[name] = (engine, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    worked: dict[str, list[float]] = {name: [] for name in engines}
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(rounds):
         for name, (engine, tokens) in engines.items():
             for step in range(steps):
                 dist.barrier()
-                start = time.perf_counter()
+                start, before = time.perf_counter(), time.process_time()
                 engine.step(step + 1, tokens, tokens)
+                worked[name].append(time.process_time() - before)
                 dist.barrier()
                 seconds[name].append(time.perf_counter() - start)
     busy = (time.perf_counter() - wall) / (time.process_time() - cpu)
     dist.destroy_process_group()
-    return {name: statistics.median(values) for name, values in seconds.items()}, busy
+    medians, cpu_medians = ({name: statistics.median(x) for name, x in of.items()} for of in (seconds, worked))
+    return medians, cpu_medians, busy
 
 
 def predict(cluster_file: str) -> dict[str, float]:
@@ -107,18 +111,23 @@ def main() -> None:
     predicted = predict(options.cluster)
     config = LaunchConfig(1, 1, RANKS, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="planning")
     of_ranks = elastic_launch(config, measure)(options.rounds, options.steps)
-    measured, busy = of_ranks[0]
-    print(f"{'layout':<42}{'predicted':>11}{'measured':>11}{'error':>8}")
+    measured, _, busy = of_ranks[0]
+    cores = min(RANKS, cores_here())
+    shared = {name: sum(worked[name] for _, worked, _ in of_ranks.values()) / cores for name in LAYOUTS}
+    is_busy = busy > BUSY * RANKS / cores
+    judge = shared if is_busy else measured
+    print(f"{'layout':<42}{'predicted':>11}{'measured':>11}{'cores':>11}{'error':>8}")
     for name in LAYOUTS:
-        error = predicted[name] / measured[name] - 1
-        print(f"{name:<42}{predicted[name] * 1e3:>8.0f} ms{measured[name] * 1e3:>8.0f} ms{error:>8.1%}")
-    errors = [abs(predicted[name] / measured[name] - 1) for name in LAYOUTS]
-    order = spearman([predicted[name] for name in LAYOUTS], [measured[name] for name in LAYOUTS])
+        times = "".join(f"{seconds[name] * 1e3:>8.0f} ms" for seconds in (predicted, measured, shared))
+        print(f"{name:<42}{times}{predicted[name] / judge[name] - 1:>8.1%}")
+    errors = [abs(predicted[name] / judge[name] - 1) for name in LAYOUTS]
+    order = spearman([predicted[name] for name in LAYOUTS], [judge[name] for name in LAYOUTS])
     print(f"\nSpearman {order:.2f}, mean error {statistics.mean(errors):.1%}, median {statistics.median(errors):.1%}")
-    expected = max(1.0, RANKS / (os.cpu_count() or 1))
-    if busy > BUSY * expected:
-        print(f"the ranks waited for a core: {busy:.2f} s per second of work, {expected:.2f} expected; not judged")
-        sys.exit(3)
+    if is_busy:
+        print(
+            f"The ranks waited for a core, {busy:.2f} s per second of work ({RANKS / cores:.2f} expected); "
+            "judged by the time of the cores."
+        )
 
 
 if __name__ == "__main__":

@@ -40,12 +40,13 @@ def calibrate_command(config: str | None, overrides: tuple[str, ...], output: Pa
     Then `cluster.device=OUTPUT` makes `weft plan` use what was measured.
     """
     from weft.launch.calibrate.fit import Machine, fit_cluster
+    from weft.launch.calibrate.measure import cores_here
 
     settings = _replicas(load_settings(config, overrides) if config else build_settings(_SMALL_LLAMA), bool(config))
     ranks = settings.parallel.data
     assert ranks != "auto"
     measured = _run(settings, ranks)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores_here()
     on_cpu = device_type(settings) == "cpu"
     _warn_when_busy(measured["busy"], ranks, cores if on_cpu else ranks)
     machine = Machine(

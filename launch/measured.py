@@ -26,7 +26,7 @@ def measured_step(engine: Engine, step: int, inputs: Tensor, targets: Tensor) ->
             outcome = engine.step(step, inputs, targets)
         finally:
             hook.remove()
-    return outcome, held_memory(engine, activations=max(peaks))
+    return outcome, held_memory(engine, activations=max(peaks, default=memory.peak))
 
 
 def held_memory(engine: Engine, *, activations: int = 0) -> Memory:

@@ -18,13 +18,17 @@ _PACKAGES = ("weft", "torch", "numpy", "tokenizers")
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """One rank: its place on the axes, its machine and device, what it holds, and the most memory that it held."""
+    """One rank: its place on the axes, its machine and device, what it holds, and the most memory that it held.
+
+    `tracked`: bytes by kind in a step, as measured and by formula; empty where none was trained.
+    """
 
     rank: int
     coordinates: Mapping[str, int]
     device: str
     holds: str
     memory_bytes: int
+    tracked: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

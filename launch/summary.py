@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from weft.launch.ledger import formula, states_and_activations
 from weft.launch.metrics import read_metrics
 from weft.launch.report import RankReport, RunReport, Sample, write_report
 from weft.launch.settings import dump_settings
@@ -62,10 +63,20 @@ def _gather_ranks(trainer: Trainer) -> list[RankReport]:
         device=f"{socket.gethostname()} {engine.device}",
         holds=", ".join(engine.describe_stages()),
         memory_bytes=held_bytes(engine.device),
+        tracked=_tracked(trainer),
     )
     every: list[RankReport | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     return [rank for rank in every if rank is not None]
+
+
+def _tracked(trainer: Trainer) -> dict[str, tuple[float, float]]:
+    """Bytes by kind of the first step of this rank, and what the formulas say."""
+    if trainer.memory is None:
+        return {}
+    by_formula = formula(trainer.settings, trainer.engine.pipeline.get_local_rank())
+    rows = zip(states_and_activations(trainer.memory), states_and_activations(by_formula), strict=True)
+    return {kind: (measured, expected) for (kind, measured), (_, expected) in rows}
 
 
 def _timelines(trainer: Trainer) -> dict[str, str]:

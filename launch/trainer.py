@@ -17,8 +17,10 @@ from weft.launch.batches import Batches, HeldOutBatches
 from weft.launch.checkpoints import Checkpoints, say_on_rank_0
 from weft.launch.engine import Engine, StepOutcome
 from weft.launch.flops import flops_per_token, model_tflops, peak_tflops, utilization
+from weft.launch.measured import measured_step
 from weft.launch.metrics import StepMetrics
 from weft.launch.not_finite import Guard
+from weft.launch.plan.breakdown import Memory
 from weft.launch.replicas import check_replicas
 from weft.launch.sections import Settings
 from weft.launch.signals import StopRequest
@@ -31,6 +33,7 @@ class Trainer:
     """Drives the engine through the steps of a run; every rank has one and does the same.
 
     `steps` yields the metrics of each finished step, numbered from 1; with step 0 the held-out loss before training.
+    `memory` is what this rank held in the first step that it trained.
     """
 
     settings: Settings
@@ -42,6 +45,7 @@ class Trainer:
     stopped: bool = False
     seconds: float = 0.0
     timeline: Timeline | None = None
+    memory: Memory | None = None
     _saved: int = field(default=-1, init=False)
     _writing: bool = field(default=False, init=False)
 
@@ -107,7 +111,10 @@ class Trainer:
         self.engine.record.begin_step(self.step)
         size = self.settings.batch.global_size
         batch = self._batches.batch(self._own_share(np.arange(self.step * size, (self.step + 1) * size)))
-        outcome = self.engine.step(self.step, batch.inputs, batch.targets)
+        if self.memory is None:
+            outcome, self.memory = measured_step(self.engine, self.step, batch.inputs, batch.targets)
+        else:
+            outcome = self.engine.step(self.step, batch.inputs, batch.targets)
         if not outcome.finite:
             guard = Guard(self.engine, self.settings.train, say_on_rank_0)
             outcome = guard.retry(outcome, lambda: self.engine.step(self.step, batch.inputs, batch.targets))

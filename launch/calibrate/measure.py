@@ -1,6 +1,7 @@
 """One rank of `weft calibrate`: times what a step is made of, at the model's own shapes, all ranks busy at once."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def _measure(settings: Settings, mesh: DeviceMesh) -> dict[str, Any]:
         "attention": clock.seconds(_attention(config, settings, device)),
         "plain": clock.seconds(_plain(tokens, config, device)),
         "messages": _messages(clock, device),
-        "steps": {layers: _step(settings, mesh, layers) for layers in LAYERS},
+        "steps": {layers: _step(clock, settings, mesh, layers) for layers in LAYERS},
     }
 
 
@@ -61,11 +62,22 @@ def products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
     return [(tokens, k, n) for k, n in [*pairs, (hidden, config.vocab_size)]]
 
 
+def cores_here() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Clock:
-    """Times functions on all ranks at once, and notes how much longer that takes than the CPU works."""
+    """Times functions on all ranks at once, and notes how much longer that takes than the CPU works.
+
+    Ranks that share cores are timed by what their work takes of the cores: waiting costs a rank nothing there, since
+    others compute meanwhile, and what else the machine does is left out.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        ranks = dist.get_world_size()
+        self._ranks_per_core = ranks / cores_here() if device.type == "cpu" and ranks > cores_here() else None
         self._wall = self._cpu = 0.0
 
     @property
@@ -82,14 +94,17 @@ class _Clock:
         return _mean(statistics.median(self._round(function, count) for _ in range(ROUNDS)))
 
     def _round(self, function: Callable[[], object], count: int) -> float:
-        start, cpu = time.perf_counter(), time.process_time()
-        for _ in range(count):
-            function()
+        return self.once(lambda: [function() for _ in range(count)]) / count
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Seconds of one call on this rank."""
+        start, before = time.perf_counter(), time.process_time()
+        function()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        wall = time.perf_counter() - start
-        self._wall, self._cpu = self._wall + wall, self._cpu + time.process_time() - cpu
-        return wall / count
+        wall, cpu = time.perf_counter() - start, time.process_time() - before
+        self._wall, self._cpu = self._wall + wall, self._cpu + cpu
+        return wall if self._ranks_per_core is None else cpu * self._ranks_per_core
 
 
 def _product(shape: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
@@ -128,7 +143,7 @@ def _messages(clock: _Clock, device: torch.device) -> list[tuple[str, int, int, 
     return found
 
 
-def _step(settings: Settings, mesh: DeviceMesh, layers: int) -> float:
+def _step(clock: _Clock, settings: Settings, mesh: DeviceMesh, layers: int) -> float:
     """Seconds of a training step of a model with so many layers, a replica on each rank."""
     settings = settings.model_copy(update={"model": settings.model | {"num_hidden_layers": layers}})
     engine = Engine(model_config(settings.model), settings, mesh)
@@ -137,9 +152,7 @@ def _step(settings: Settings, mesh: DeviceMesh, layers: int) -> float:
     seconds = []
     for step in range(STEPS + 1):
         dist.barrier()
-        start = time.perf_counter()
-        engine.step(step, tokens, tokens)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock.once(lambda step=step: engine.step(step, tokens, tokens)))  # type: ignore[misc]
     return _mean(statistics.median(seconds[1:]))
 
 

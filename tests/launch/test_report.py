@@ -219,3 +219,13 @@ def test_importing_the_report_loads_no_drawing_library() -> None:
     check = "print([name for name in ('matplotlib', 'jinja2', 'torch') if name in sys.modules])"
     code = f"import sys, weft.launch.report\n{check}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_memory_by_kind_stands_beside_its_formula(tmp_path: Path, run: RunReport) -> None:
+    tracked = {"parameters": (2_362_368.0, 2_362_368.0), "activations": (34_100_000.0, 33_800_000.0)}
+    ranks = [replace(rank, tracked=tracked) for rank in run.ranks]
+    write_metrics(tmp_path)
+    text = Page(write_report(tmp_path, replace(run, ranks=ranks))).text
+    assert "Memory by kind" in text
+    assert text.count("34.1 MB33.8 MB") == 4
+    assert "Memory by kind" not in Page(write_report(tmp_path, run)).text

@@ -82,7 +82,9 @@ def test_a_run_leaves_what_it_promises_and_any_layout_goes_on_from_it(folder: Pa
     assert [record["step"] for record in records if "held_out_loss" in record] == [2, 4]
     assert all(0.0 < record["bubble"] < 1.0 for record in records)
     assert list((run / "tensorboard").glob("events*"))
-    assert "<svg" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert "<svg" in report
+    assert "Memory by kind" in report
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
 
     other = train(folder, "name=other", "parallel.tensor=1", "parallel.pipeline=1", "parallel.data=2")
