@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from math import ceil, log2
 from typing import Any
 
-from weft.launch.plan.cluster import Cluster, Link
+from weft.launch.plan.cluster import Cluster, Link, load_cluster
+from weft.launch.plan.collectives import Group, all_gather_seconds, all_reduce_seconds
 from weft.launch.plan.flops import attention_forward
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.recipe import recipe_of
@@ -77,10 +77,15 @@ def fit_link(messages: Sequence[Message]) -> Link:
 
 
 def _terms(operation: str, ranks: int, size: int, seconds: float) -> tuple[float, float]:
-    """What multiplies the time per byte and the latency, relative to the time measured."""
-    passes = 2 if operation == "all_reduce" else 1
-    hops = min(ranks - 1, 2 * ceil(log2(ranks)))
-    return passes * size * (ranks - 1) / ranks / seconds, passes * hops / seconds
+    """What multiplies the time per byte and the latency in the planner's formula, relative to the time measured."""
+    formula = {"all_reduce": all_reduce_seconds, "all_gather": all_gather_seconds}[operation]
+
+    def with_link(latency: float) -> float:
+        link = Link(bandwidth=1.0, efficiency=1.0, latency=latency)
+        return formula(load_cluster("cpu").model_copy(update={"node": link}), Group(ranks, 1, ranks), size)
+
+    bytes_passed, second = with_link(0.0) * 1e9, 1e6  # microseconds
+    return bytes_passed / seconds, (with_link(second) - with_link(0.0)) / seconds
 
 
 def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], ...]:
