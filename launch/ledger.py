@@ -43,6 +43,13 @@ def formula(settings: Settings, pipeline_rank: int) -> Memory:
     return ledger_of_rank(shape_of(config), job, layout, recipe, schedule, pipeline_rank)
 
 
+def beside_formula(settings: Settings, pipeline_rank: int, name: str, memory: Memory) -> dict[str, Memory]:
+    """The columns of a table: `memory` under its name, after the formula where there is one, for decoders."""
+    if model_config(settings.model).kind != "decoder":
+        return {name: memory}
+    return {"formula": formula(settings, pipeline_rank), name: memory}
+
+
 def states_and_activations(memory: Memory) -> list[Row]:
     """The rows in which formula and measurement are told apart: what outlives a step by kind, and what does not."""
     passing = memory.activations + memory.logits + memory.buffers

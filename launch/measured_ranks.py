@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from weft.launch.engine import Engine
-from weft.launch.ledger import fit_text, formula, ledger_text
+from weft.launch.ledger import beside_formula, fit_text, ledger_text
 from weft.launch.measured import measured_step
 from weft.launch.plan.breakdown import Memory
 from weft.launch.settings import Settings, load_settings, resolved
@@ -40,6 +40,6 @@ def _tables(settings: Settings, every: Sequence[tuple[int, str, Memory]]) -> str
         of_rank = [(stages, memory) for place, stages, memory in every if place == pipeline_rank]
         stages, memory = max(of_rank, key=lambda entry: entry[1].total)
         title = f"pipeline rank {pipeline_rank} of {settings.parallel.pipeline}, {stages}"
-        parts.append(f"{title}\n{ledger_text({'formula': formula(settings, pipeline_rank), 'measured': memory})}")
+        parts.append(f"{title}\n{ledger_text(beside_formula(settings, pipeline_rank, 'measured', memory))}")
     fit = fit_text(settings.cluster.device, max(memory.total for _, _, memory in every))
     return "\n\n".join([*parts, fit] if fit else parts)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from weft.launch.ledger import fit_text, formula, ledger_text, shown_pipeline_ranks
+from weft.launch.ledger import beside_formula, fit_text, ledger_text, shown_pipeline_ranks
 from weft.launch.settings import Settings, check_layout, load_settings, resolved
 from weft.launch.world import gpus_here, world_size
 
@@ -36,7 +36,7 @@ def _tables(settings: Settings, ranks: int) -> str:
     for pipeline_rank in shown_pipeline_ranks(settings.parallel.pipeline):
         run = dry_run(settings, ranks, pipeline_rank * ranks // settings.parallel.pipeline)
         title = f"pipeline rank {pipeline_rank} of {settings.parallel.pipeline}, {'; '.join(run.stages)}"
-        parts.append(f"{title}\n{ledger_text({'formula': formula(settings, pipeline_rank), 'counted': run.memory})}")
+        parts.append(f"{title}\n{ledger_text(beside_formula(settings, pipeline_rank, 'counted', run.memory))}")
         most = max(most, run.memory.total)
     fit = fit_text(settings.cluster.device, most)
     return "\n\n".join([*parts, fit] if fit else parts)

@@ -72,7 +72,7 @@ def _gather_ranks(trainer: Trainer) -> list[RankReport]:
 
 def _tracked(trainer: Trainer) -> dict[str, tuple[float, float]]:
     """Bytes by kind of the first step of this rank, and what the formulas say."""
-    if trainer.memory is None:
+    if trainer.memory is None or trainer.engine.config.kind != "decoder":
         return {}
     by_formula = formula(trainer.settings, trainer.engine.pipeline.get_local_rank())
     rows = zip(states_and_activations(trainer.memory), states_and_activations(by_formula), strict=True)
