@@ -99,6 +99,12 @@ class Agent(LocalElasticAgent):
         for process in running.values():
             os.killpg(process.pid, signal.SIGKILL)
 
+    def close(self) -> None:
+        """End every rank, and the listening to other nodes."""
+        self.kill()
+        if self._bulletin is not None:
+            self._bulletin.close()
+
     def exited_cleanly(self) -> bool:
         """Whether every rank was started and ended with status 0."""
         statuses = [process.poll() for _, process in self._processes()]
@@ -112,6 +118,8 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._killed, self._hung = frozenset(), None
+        if self._bulletin is not None:
+            self._bulletin.close()
         node, nodes = worker_group.group_rank, worker_group.group_world_size
         assert worker_group.store is not None
         assert node is not None

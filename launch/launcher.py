@@ -62,7 +62,8 @@ def launch(job: Job) -> None:
     os.environ[STARTED] = str(time.monotonic())
     prepare_environment(job.nodes)
     _silence_agent()
-    agent = Agent(_worker_spec(job), RankLogs(logs), limit=HUNG * job.timeout + PEER_SECONDS)
+    meeting = BoundedRendezvous(get_rendezvous_handler(_rendezvous(job)), min(60, job.timeout))
+    agent = Agent(_worker_spec(job, meeting), RankLogs(logs), limit=HUNG * job.timeout + PEER_SECONDS)
     try:
         result = agent.run()
     except SignalException as error:
@@ -70,7 +71,8 @@ def launch(job: Job) -> None:
     except RendezvousError as error:
         raise _lost(job) from error
     finally:
-        agent.kill()
+        agent.close()
+        meeting.leave()
         _show_cursor()
     if result.is_failed():
         assert agent.error is not None
@@ -98,13 +100,13 @@ def _show_cursor() -> None:
         print("\x1b[?25h", end="", flush=True)
 
 
-def _worker_spec(job: Job) -> WorkerSpec:
+def _worker_spec(job: Job, meeting: BoundedRendezvous) -> WorkerSpec:
     return WorkerSpec(
         role="rank",
         local_world_size=job.ranks_per_node,
         entrypoint=sys.executable,
         args=("-m", "weft.launch.rank", str(os.getpid()), job.target, job.config, *job.overrides),
-        rdzv_handler=BoundedRendezvous(get_rendezvous_handler(_rendezvous(job)), min(60, job.timeout)),
+        rdzv_handler=meeting,
         max_restarts=job.max_restarts,
         monitor_interval=0.1,
         local_addr="127.0.0.1" if job.nodes == 1 else None,

@@ -30,12 +30,19 @@ class Bulletin:
         self._store, self._node, self._nodes, self._patience = store, node, nodes, patience
         self._told = False
         self._done = threading.Event()
+        self._lookout = threading.Thread(target=self._look_out, daemon=True)
         if nodes > 1:
-            threading.Thread(target=self._look_out, daemon=True).start()
+            self._lookout.start()
 
     def tells_of_failure(self) -> bool:
         """Whether another node has posted a failure."""
         return self._told
+
+    def close(self) -> None:
+        """Look out no longer; a store that is gone may keep the thread."""
+        self._done.set()
+        if self._nodes > 1:
+            self._lookout.join(1.0)
 
     def exchange(self, failures: Sequence[RankFailure]) -> list[RankFailure]:
         """Post the failures of this node; returns those of the others, as far as they are heard of in time."""

@@ -7,6 +7,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch.distributed.elastic.rendezvous import (
@@ -20,6 +21,9 @@ Answer = TypeVar("Answer")
 
 JOIN_SECONDS = 120
 """How long nodes that may come and go wait for each other at least: some may still be counted that are gone."""
+
+LEAVE_SECONDS = 5
+"""How long to wait for the end of the thread that keeps this node in the meeting."""
 
 LAST_CALL_SECONDS = 10
 """How long a job that may begin with fewer nodes waits for the others."""
@@ -95,6 +99,13 @@ class BoundedRendezvous(RendezvousHandler):
             RendezvousError: there was no answer in time.
         """
         return _within(self._seconds, self._handler.num_nodes_waiting)
+
+    def leave(self) -> None:
+        """End the thread that tells the others of this node: one that runs while Python ends can abort the process."""
+        stop = getattr(self._handler, "_stop_heartbeats", None)
+        if stop is not None:
+            with suppress(RendezvousConnectionError):
+                _within(LEAVE_SECONDS, stop)
 
     def get_backend(self) -> str:
         return self._handler.get_backend()
