@@ -65,6 +65,11 @@ def dry_run(settings: Settings, world_size: int, rank: int = 0) -> DryRun:
         UserError: the layout does not fit the world, or the world has no such rank.
     """
     check_layout(settings, world_size)
+    if settings.parallel.zero:
+        raise UserError(
+            f"parallel.zero is {settings.parallel.zero}, and neither DeepSpeed nor FSDP2 runs without numbers, as "
+            "weft memory and --dry-run do; choose parallel.zero=0; docs/memory.md says what the others save."
+        )
     if rank >= world_size:
         raise UserError(f"--rank is {rank}, but the world has the ranks 0 to {world_size - 1}; choose one of them.")
     settings = resolved(settings, world_size)

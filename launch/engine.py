@@ -3,7 +3,6 @@
 The engine knows nothing of files, text or processes: tests and the training loop drive it alike.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.launch.batch_sizes import batch_sizes, samples_before
 from weft.launch.objectives import IGNORED, content_key, prepare
-from weft.launch.optimizer import build_optimizer, learning_rate
+from weft.launch.precision import parameter_dtype
 from weft.launch.schedules import load_schedule
-from weft.launch.sections import Settings
+from weft.launch.sections import ParallelSettings, Settings
+from weft.launch.updates import Updates
 from weft.model.config import ModelConfig
 from weft.model.decoder import DecoderStage, initial_distribution, without_sequence_parallelism
 from weft.model.generation.driver import Session
@@ -28,16 +29,11 @@ from weft.model.split import split_layers
 from weft.model.stage import build_stage, shared_stages
 from weft.parallel import (
     DropoutKey,
-    GradientBuckets,
     PipelineExecutor,
     PipelineStage,
     Schedule,
-    clip_gradients,
-    counted_parameters,
     defer_partial_gradients,
-    gradient_norm,
     initialize,
-    reduce_partial_gradients,
     vocab_parallel_cross_entropy,
 )
 from weft.parallel.exchange import start_all_reduce
@@ -52,7 +48,8 @@ class StepOutcome:
     """What one optimiser step did, the same on every rank, and the pipeline's own result.
 
     `step`: from 0. `loss`: mean over the valid tokens of the global batch, in nats. `gradient_norm`: of the whole
-    model, before clipping. `finite`: whether both are on all replicas; if not, the optimiser has not moved.
+    model, before clipping; `gradient_norms`: of each stage and kind of layer. `skipped`: whether the optimiser has not
+    moved. `finite`: whether loss and gradient are on all replicas, or would be but for the loss scale of float16.
     """
 
     step: int
@@ -60,7 +57,9 @@ class StepOutcome:
     gradient_norm: float
     learning_rate: float
     pipeline: StepResult
-    finite: bool = True
+    skipped: bool
+    finite: bool
+    gradient_norms: Mapping[str, float]
 
 
 class Engine:
@@ -70,7 +69,8 @@ class Engine:
         config: the model.
         settings: layout, batch and optimiser; `parallel.data` may be "auto".
         mesh: with the axes of `weft.parallel.AXES`.
-        dtype: of parameters, activations and gradients.
+        dtype: of parameters, activations and their gradients; by default what `train.precision` says. Weights of less
+            than float32 are updated, and their gradients summed, in float32.
         device: where they lie; the mesh's own device when None. On the meta device nothing is computed: see
             `weft.launch.dry_run`.
         resumed: a checkpoint will be loaded, so that the weights of `model.pretrained` need not be.
@@ -87,7 +87,7 @@ class Engine:
         settings: Settings,
         mesh: DeviceMesh,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         resumed: bool = False,
         record: RankRecord | None = None,
@@ -97,13 +97,20 @@ class Engine:
         self._weights_needed = not resumed
         self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
         self.device = device or torch.device(mesh.device_type)
-        self.microbatches = settings.batch.global_size // (settings.batch.micro_size * self.data.size())
+        share = settings.batch.micro_size * self.data.size()
+        self.microbatches = settings.batch.global_size // share
         self.schedule = load_schedule(settings.parallel, self.microbatches)
+        dtype = dtype or parameter_dtype(settings.train)
         self.stages = self._build_stages(dtype)
-        self.buckets = {stage.index: self._build_buckets(stage) for stage in self.stages}
-        self.executor = self._build_executor(self.schedule, shapes=self._boundary_shapes(dtype))
-        self.optimizer = build_optimizer(self.parameters, settings.train.optimizer)
-        self._counted = self._count_parameters()
+        shapes = self._boundary_shapes(dtype)
+        self._executors = {
+            size // share: self._build_executor(load_schedule(settings.parallel, size // share), shapes)
+            for size in batch_sizes(settings.batch)
+        }
+        self.executor = self._executors[self.microbatches]
+        self.updates = Updates(
+            self.stages, settings, mesh, layers=config.num_hidden_layers, all_stages=self.schedule.stages
+        )
         self._loss_weight = 1.0
 
     @property
@@ -116,6 +123,11 @@ class Engine:
         """All parameters of this rank, each once."""
         return list(dict.fromkeys(parameter for module in self.modules for parameter in module.parameters()))
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What updates this rank's pieces of the parameters."""
+        return self.updates.replicas.optimizer
+
     def describe_stages(self) -> list[str]:
         """This rank's stages in words: `stage 0: layers 0 to 7`."""
         return [f"stage {stage.index}: {_layers(list(stage.module.layers))}" for stage in self.stages]  # type: ignore[arg-type]
@@ -123,31 +135,36 @@ class Engine:
     def step(self, step: int, inputs: Nest, targets: Tensor) -> StepOutcome:
         """Train on this data rank's share of the global batch of the step numbered from 0.
 
-        Shapes: inputs and targets `[global_size / data, sequence]`, the same on all ranks of the replica: windows of
-        text and their next tokens, of which `weft.launch.objectives` makes what the model learns. Inputs that are a
-        tuple, such as tokens, mask and the decoder's tokens, and their targets are taken as they are.
+        Shapes: inputs and targets `[size / data, sequence]`, the same on all ranks of the replica, `size` being one of
+        `batch_sizes(settings.batch)`: windows of text and their next tokens, of which `weft.launch.objectives` makes
+        what the model learns. Inputs that are a tuple, such as tokens, mask and the decoder's tokens, and their targets
+        are taken as they are.
         """
         self._set_mode(training=True)
-        first_sample = step * self.settings.batch.global_size
+        samples = self._samples(samples_before(step, self.settings.batch), len(targets))
         if isinstance(inputs, Tensor):
-            key = DropoutKey(self.settings.train.seed, self._samples(first_sample))
+            key = DropoutKey(self.settings.train.seed, samples)
             inputs, targets = prepare(self.config, inputs.to(self.device), targets.to(self.device), key)
-        for buckets in self.buckets.values():
-            buckets.zero()
-        self._loss_weight = 1.0 / self._count_targets(targets)
-        result = self.executor.step(self._cut(inputs), self._cut(targets), keywords=self._keywords(first_sample))
+        self.updates.replicas.begin()
+        scale = self.updates.loss_scale.scale
+        self._loss_weight = scale / self._count_targets(targets)
+        count = len(targets) // self.settings.batch.micro_size
+        result = self._executors[count].step(
+            self._cut(inputs, count), self._cut(targets, count), keywords=self._keywords(samples.chunk(count))
+        )
         self.record.enter("gradient reduction")
-        for buckets in self.buckets.values():
-            buckets.finish()
-        for module in self.modules:
-            reduce_partial_gradients(module)
-        self.executor.reduce_shared_gradients()
-        norm = gradient_norm(self._counted, (self.tensor, self.pipeline))
-        # what is not finite on one replica makes the loss so on all of them, and all take the same way
-        loss = self._over_data(result.loss + torch.where(torch.isfinite(norm), 0.0, math.nan).to(result.loss.device))
-        finite = math.isfinite(loss)
-        rate = self._update(step, norm) if finite else learning_rate(step, self.settings.train)
-        return StepOutcome(step, loss, float(norm), rate, result, finite)
+        loss = self._over_data(result.loss) / scale
+        updated = self.updates.apply(step, self.executor, loss)
+        return StepOutcome(
+            step,
+            loss,
+            updated.gradient_norm,
+            updated.learning_rate,
+            result,
+            updated.skipped,
+            updated.finite,
+            updated.norms,
+        )
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
         """Sum of the loss over all valid targets of all data ranks, in nats, and their number.
@@ -157,14 +174,15 @@ class Engine:
         self._set_mode(training=False)
         self._loss_weight = 1.0
         inputs, targets = self._fixed(inputs, targets)
-        result = self.executor.evaluate(self._cut(inputs), self._cut(targets))
+        with self.updates.evaluated():
+            result = self.executor.evaluate(self._cut(inputs, self.microbatches), self._cut(targets, self.microbatches))
         return self._over_data(result.loss), self._count_targets(targets)
 
     def outputs(self, inputs: Nest, targets: Tensor) -> list[Any] | None:
         """The logits of each microbatch, on the last stage; None on the others. Shapes: as for `step`."""
         self._set_mode(training=False)
         payload, _ = self._fixed(inputs, targets)
-        return self.executor.forward(self._cut(payload))
+        return self.executor.forward(self._cut(payload, self.microbatches))
 
     def _fixed(self, inputs: Nest, targets: Tensor) -> tuple[Nest, Tensor]:
         if not isinstance(inputs, Tensor):
@@ -174,27 +192,31 @@ class Engine:
 
     def generate(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling) -> list[int]:
         """Go on from a prompt with the weights as they are. A collective call of all ranks; rank 0 gets the tokens."""
+        with self.updates.evaluated():
+            session = Session(self._generation_worker(len(prompt) + new_tokens), self.mesh)
+            if dist.get_rank() != 0:
+                session.follow()
+                return []
+            request = Request(prompt, new_tokens, sampling)
+            session.run([request])
+            session.close()
+            return [token.number for token in request.generated]
+
+    def _generation_worker(self, capacity: int) -> Worker:
         modules = {stage.index: stage.module for stage in self.stages if isinstance(stage.module, DecoderStage)}
-        stages = {index: without_sequence_parallelism(module) for index, module in modules.items()}
-        worker = Worker(
+        weights = self.updates.replicas.whole_weights
+        stages = {index: without_sequence_parallelism(module, weights(module)) for index, module in modules.items()}
+        return Worker(
             Placement(stages, self.schedule, self.tensor, self.pipeline),
             vocab_size=self.config.vocab_size,
             slots=self.pipeline.size(),
-            capacity=len(prompt) + new_tokens,
+            capacity=capacity,
             timeout=self.settings.train.timeout,
         )
-        session = Session(worker, self.mesh)
-        if dist.get_rank() != 0:
-            session.follow()
-            return []
-        request = Request(prompt, new_tokens, sampling)
-        session.run([request])
-        session.close()
-        return [token.number for token in request.generated]
 
     def gather_timeline(self, outcome: StepOutcome) -> Timeline:
         """The measured timeline of all ranks of this pipeline. A collective call of the pipeline axis."""
-        return self.executor.gather_timeline(outcome.pipeline)
+        return self._executors[len(outcome.pipeline.losses)].gather_timeline(outcome.pipeline)
 
     def _build_stages(self, dtype: torch.dtype) -> list[PipelineStage]:
         parallel, count = self.settings.parallel, self.schedule.stages
@@ -209,6 +231,8 @@ class Engine:
                 mesh=self.tensor,
                 sequence_parallel=parallel.sequence_parallel,
                 recompute=parallel.recompute,
+                recomputed_modules=parallel.recompute_modules,
+                recomputed_layers=recomputed_layers(parallel, self.config.num_hidden_layers),
                 device="meta",
                 dtype=dtype,
             )
@@ -233,9 +257,6 @@ class Engine:
         else:
             load_pretrained(module, directory, self.config)
 
-    def _build_buckets(self, stage: PipelineStage) -> GradientBuckets:
-        return GradientBuckets(stage.module.parameters(), self.data, late=stage.shared.values())
-
     def _boundary_shapes(self, dtype: torch.dtype) -> Literal["agree"] | dict[int, Tensor]:
         """What each stage hands on for a microbatch, as a tensor without numbers, where that follows from settings."""
         if self.config.kind != "decoder":
@@ -259,55 +280,40 @@ class Engine:
             shapes=shapes,
             timeout=self.settings.train.timeout,
             reduce_shared_gradients=False,
-            before_last_backward=lambda stage: self.buckets[stage].arm(),
+            before_last_backward=lambda stage: self.updates.replicas.before_last_backward(stage),
+            after_backward=lambda stage: self.updates.replicas.after_backward(stage),
             shared_stages=shared_stages(self.config, self._layers()),
             device=self.device,
             record=self.record,
         )
 
-    def _count_parameters(self) -> list[nn.Parameter]:
-        copies = [stage.shared[name] for stage in self.stages for name in stage.module.copies]  # type: ignore[union-attr]
-        return counted_parameters(self.modules, self.tensor, copies)
-
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         total = vocab_parallel_cross_entropy(logits, targets, mesh=self.tensor, ignore_index=IGNORED, reduction="sum")
         return total * self._loss_weight
-
-    def _update(self, step: int, norm: Tensor) -> float:
-        train = self.settings.train
-        if train.optimizer.clip_grad_norm:
-            clip_gradients(self.parameters, norm, train.optimizer.clip_grad_norm)
-        rate = learning_rate(step, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        return rate
 
     def _set_mode(self, *, training: bool) -> None:
         for module in self.modules:
             module.train(training)
 
-    def _cut(self, rows: Nest) -> Sequence[Nest]:
+    def _cut(self, rows: Nest, count: int) -> Sequence[Nest]:
         if rows is None:
-            return [None] * self.microbatches
+            return [None] * count
         if isinstance(rows, tuple):
-            return list(zip(*map(self._cut, rows), strict=True))
-        return list(rows.to(self.device, non_blocking=True).chunk(self.microbatches))
+            return list(zip(*(self._cut(part, count) for part in rows), strict=True))
+        return list(rows.to(self.device, non_blocking=True).chunk(count))
 
-    def _samples(self, first_sample: int) -> Tensor:
+    def _samples(self, first_sample: int, share: int) -> Tensor:
         """The numbers in the whole run of this replica's samples of a step."""
-        share = self.settings.batch.global_size // self.data.size()
         first = first_sample + self.data.get_local_rank() * share
         return torch.arange(first, first + share, device=self.device)
 
-    def _keywords(self, first_sample: int) -> list[dict[str, Any]] | None:
+    def _keywords(self, samples: Sequence[Tensor]) -> list[dict[str, Any]] | None:
         """The dropout keys of this replica's microbatches, when the model has any dropout."""
         config = self.config
         drops = (config.embedding_dropout, config.attention_dropout, config.residual_dropout, config.mlp_dropout)
         if not any(drops):
             return None
-        parts = self._samples(first_sample).chunk(self.microbatches)
-        return [{"dropout_key": DropoutKey(self.settings.train.seed, part)} for part in parts]
+        return [{"dropout_key": DropoutKey(self.settings.train.seed, part)} for part in samples]
 
     def _count_targets(self, targets: Tensor) -> int:
         count = (targets != IGNORED).sum().reshape(1)
@@ -319,6 +325,14 @@ class Engine:
         if self.data.size() > 1:
             loss = start_all_reduce(loss.to(self.device).reshape(1), self.data, overwrite=True).wait()
         return float(loss)
+
+
+def recomputed_layers(parallel: ParallelSettings, layers: int) -> range | set[int]:
+    """The numbers of the layers that `parallel.recompute_layers` chooses."""
+    if parallel.recompute_layers == "all":
+        return range(layers)
+    chosen, every = map(int, parallel.recompute_layers.split(" of "))
+    return {number for number in range(layers) if number % every < chosen}
 
 
 def _layers(numbers: list[str]) -> str:

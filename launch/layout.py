@@ -1,9 +1,10 @@
 """Whether a layout fits: the world, the batch, the sequence, the layers and the schedule divide as they must."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from weft.launch.batch_sizes import batch_sizes
 from weft.launch.errors import UserError
-from weft.launch.sections import Settings
+from weft.launch.sections import ParallelSettings, Settings
 from weft.parallel.tensor.divide import listed
 
 if TYPE_CHECKING:
@@ -71,23 +72,79 @@ def check_layout(settings: Settings, world_size: int) -> None:
         UserError: the first thing that does not fit, with the choices that do.
     """
     _check_available(settings)
+    zero_engine(settings.parallel)
+    _check_optimizer(settings)
     count = microbatches(settings, world_size)
+    _check_growth(settings, world_size)
     model = _model_config(settings)
     _check_tensor(settings, model)
     _check_sequence(settings, model)
     _check_split(settings, model, _stages(settings, count))
 
 
+def zero_engine(parallel: ParallelSettings) -> Literal["none", "deepspeed", "fsdp2"]:
+    """Who divides what the data ranks hold.
+
+    Raises:
+        UserError: the engine that is asked for does not have the ZeRO stage, or not in this layout.
+    """
+    if parallel.offload == "optimizer" and parallel.zero not in (1, 2):
+        raise UserError(
+            f"parallel.offload is optimizer, which DeepSpeed does with parallel.zero 1 and 2, not {parallel.zero}; "
+            "choose one of these, or parallel.offload=none."
+        )
+    if not parallel.zero:
+        return "none"
+    if parallel.zero < 3:
+        if parallel.zero_engine == "fsdp2":
+            raise UserError(
+                f"parallel.zero_engine is fsdp2, which divides weights too (parallel.zero=3); for parallel.zero="
+                f"{parallel.zero} choose deepspeed or auto."
+            )
+        return "deepspeed"
+    if parallel.zero_engine == "deepspeed":
+        raise UserError(
+            "parallel.zero is 3 with parallel.zero_engine deepspeed; weights are divided by fsdp2 here, under "
+            "every pipeline; choose parallel.zero_engine=fsdp2 or auto, or parallel.zero=2."
+        )
+    return "fsdp2"
+
+
 def _check_available(settings: Settings) -> None:
     parallel = settings.parallel
     available = {
         "parallel.context": (parallel.context, 1),
-        "parallel.zero": (parallel.zero, 0),
-        "train.precision": (settings.train.precision, "fp32"),
     }
     for key, (value, supported) in available.items():
         if value != supported:
             raise UserError(f"{key} is {value}; this version supports {supported}.")
+
+
+def _check_growth(settings: Settings, world_size: int) -> None:
+    batch, share = settings.batch, data_size(settings, world_size) * settings.batch.micro_size
+    if not batch.initial_size:
+        return
+    if batch.global_size % batch.initial_size:
+        raise UserError(
+            f"batch.initial_size is {batch.initial_size}, which does not divide batch.global_size {batch.global_size}."
+        )
+    if batch.initial_size % share:
+        raise UserError(
+            f"batch.initial_size is {batch.initial_size}, which does not divide by data × batch.micro_size = {share}; "
+            f"choose a multiple of {share}, or smaller microbatches."
+        )
+    for size in batch_sizes(batch):
+        _stages(settings, size // share)
+
+
+def _check_optimizer(settings: Settings) -> None:
+    """Adafactor keeps means over rows and columns, which are not those of a part of the matrix."""
+    parallel = settings.parallel
+    if settings.train.optimizer.name == "adafactor" and (parallel.tensor > 1 or parallel.zero):
+        raise UserError(
+            f"train.optimizer.name is adafactor, which needs whole matrices, but parallel.tensor is {parallel.tensor} "
+            f"and parallel.zero is {parallel.zero}; choose parallel.tensor=1 and parallel.zero=0, or adamw or sgd."
+        )
 
 
 def _check_tensor(settings: Settings, model: "ModelConfig") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from weft.launch.engine import Engine, StepOutcome
 from weft.launch.plan.breakdown import Memory
@@ -30,12 +31,18 @@ def measured_step(engine: Engine, step: int, inputs: Tensor, targets: Tensor) ->
 
 
 def held_memory(engine: Engine, *, activations: int = 0) -> Memory:
-    """What this rank holds between steps, by kind, with the `activations` of a step."""
-    gradients = (parameter.grad for parameter in engine.parameters if parameter.grad is not None)
+    """What this rank holds between steps, by kind, with the `activations` of a step.
+
+    Float32 copies of weights that are computed with in less count as the optimiser's.
+    """
+    parameters = [_local(parameter) for parameter in engine.parameters]
+    gradients = (_local(parameter.grad) for parameter in engine.parameters if parameter.grad is not None)
+    updated = [weight for group in engine.optimizer.param_groups for weight in group["params"]]
+    masters = storage_bytes([*parameters, *updated]) - storage_bytes(parameters)
     return Memory(
-        parameters=storage_bytes(engine.parameters),
+        parameters=storage_bytes(parameters),
         gradients=storage_bytes(gradients),
-        optimizer=storage_bytes(_tensors(engine.optimizer.state.values())),
+        optimizer=storage_bytes(_tensors(engine.optimizer.state.values())) + masters,
         buffers=storage_bytes(buffer for module in engine.modules for buffer in module.buffers()),
         activations=activations,
     )
@@ -59,6 +66,10 @@ class _AllocatorPeak:
     @property
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self._before
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

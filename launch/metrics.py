@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,17 @@ class StepMetrics:
 
     Losses are nats per token. `tokens_per_second` is of the whole job, `tflops` and `mfu` are per device,
     `memory_bytes` is of the rank that holds most, `bubble` the share of the step that pipeline ranks wait.
+    `grad_norms` are those of each stage and kind of layer; `skipped` is whether a gradient was not finite, so that the
+    weights were left as they were; `loss_scale` is the factor of the loss in fp16.
     """
 
     step: int
     loss: float | None = None
     grad_norm: float | None = None
+    grad_norms: Mapping[str, float] | None = None
     learning_rate: float | None = None
+    skipped: bool | None = None
+    loss_scale: float | None = None
     step_seconds: float | None = None
     tokens_per_second: float | None = None
     tflops: float | None = None
@@ -94,9 +99,15 @@ def read_metrics(directory: Path) -> list[StepMetrics]:
 def _record(metrics: StepMetrics) -> dict[str, Any]:
     """Contract keys always; held-out ones in the steps that have them. JSON has no NaN: what is not finite is null."""
     values = asdict(metrics)
-    only_if_measured = ("held_out_loss", "bits_per_byte")
+    only_if_measured = ("held_out_loss", "bits_per_byte", "grad_norms", "skipped", "loss_scale")
     kept = {key: value for key, value in values.items() if value is not None or key not in only_if_measured}
-    return {key: value if value is None or math.isfinite(value) else None for key, value in kept.items()}
+    return {key: _finite(value) for key, value in kept.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return value if value is None or math.isfinite(value) else None
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
@@ -135,6 +146,7 @@ _TAGS = {
     "bits_per_byte": "loss/held_out_bits_per_byte",
     "grad_norm": "optimizer/grad_norm",
     "learning_rate": "optimizer/learning_rate",
+    "loss_scale": "optimizer/loss_scale",
     "step_seconds": "speed/step_seconds",
     "tokens_per_second": "speed/tokens_per_second",
     "tflops": "speed/tflops",
@@ -160,6 +172,8 @@ def _write_events(events: "SummaryWriter", metrics: StepMetrics) -> "SummaryWrit
             value = getattr(metrics, key)
             if value is not None:
                 events.add_scalar(tag, value, metrics.step)  # type: ignore[no-untyped-call]
+        for name, norm in (metrics.grad_norms or {}).items():
+            events.add_scalar(f"grad_norm/{name}", norm, metrics.step)  # type: ignore[no-untyped-call]
         return events
     except Exception as error:
         _tell(error)

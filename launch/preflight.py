@@ -3,11 +3,12 @@
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from weft.launch.errors import UserError
-from weft.launch.layout import model_ranks
+from weft.launch.layout import model_ranks, zero_engine
 from weft.launch.overrides import describe
 from weft.launch.replan import replan
 from weft.launch.settings import Settings, check_layout, load_settings
@@ -18,8 +19,11 @@ _IDENTITY = (
     "name",
     "model",
     "batch.global_size",
+    "batch.initial_size",
+    "batch.growth_steps",
     "train.precision",
     "train.seed",
+    "train.average_decay",
     "train.optimizer",
     "train.schedule",
     "corpus",
@@ -33,6 +37,7 @@ def check_run(settings: Settings, world_size: int) -> None:
         UserError: the first thing that would make it fail.
     """
     check_layout(settings, world_size)
+    _check_deepspeed(settings)
     _check_corpus(settings)
     check_directory("report.directory", settings.report.directory)
     check_directory("checkpoint.directory", settings.checkpoint.directory)
@@ -40,6 +45,7 @@ def check_run(settings: Settings, world_size: int) -> None:
     _check_resume(settings)
     _check_pretrained(settings)
     check_devices(settings, world_size)
+    _check_precision(settings)
 
 
 def check_directory(key: str, directory: str) -> None:
@@ -158,6 +164,27 @@ def _check_resume(settings: Settings) -> None:
     resume = settings.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"checkpoint.resume is {resume}, but there is no such checkpoint; choose auto, never or one.")
+
+
+def _check_deepspeed(settings: Settings) -> None:
+    if zero_engine(settings.parallel) == "deepspeed" and find_spec("deepspeed") is None:
+        raise UserError(
+            f"parallel.zero is {settings.parallel.zero}, which needs DeepSpeed; install weft with the extra deepspeed "
+            "(pip install 'weft[deepspeed]'), or choose parallel.zero=0 or 3."
+        )
+
+
+def _check_precision(settings: Settings) -> None:
+    import torch
+
+    precision = settings.train.precision
+    if device_type(settings) == "cpu":
+        if precision == "fp16":
+            raise UserError("train.precision is fp16, which needs a GPU; on CPUs choose bf16 or fp32.")
+    elif precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"train.precision is bf16, which {torch.cuda.get_device_name()} does not compute in; choose fp16 or fp32."
+        )
 
 
 def _check_pretrained(settings: Settings) -> None:

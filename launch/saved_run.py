@@ -25,6 +25,8 @@ class SavedRun(BaseModel):
         tokens: tokens trained on.
         seed: of every random choice.
         counters: of the optimiser.
+        best_held_out_loss: the lowest until now; None before the first evaluation.
+        evaluations_since: how many did not come below it.
         settings: of the run, in the layout that it had.
         versions: of weft and torch, for people.
     """
@@ -35,6 +37,8 @@ class SavedRun(BaseModel):
     samples: Count = 0
     tokens: Count = 0
     seed: Count = 0
+    best_held_out_loss: float | None = None
+    evaluations_since: Count = 0
     counters: dict[str, Any]
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}

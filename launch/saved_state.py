@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.launch.engine import Engine
-from weft.parallel.checkpoint import Entry
-from weft.parallel.sharding import sharded_parameters
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from weft.parallel.checkpoint import Entry, FlatPart
+from weft.parallel.data.replicas import Piece
 
 
 class SavedState(Protocol):
@@ -39,31 +37,40 @@ class SavedState(Protocol):
 
 
 class EngineState:
-    """Weights and AdamW's moments of an engine."""
+    """Weights, optimiser states, averages and loss scale of an engine, however precise and divided they are."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.mesh = engine, engine.mesh
+        self.mesh = engine.mesh
+        updates = engine.updates
+        self._replicas, self._loss_scale, self._average = updates.replicas, updates.loss_scale, updates.average
 
     def entries(self) -> Iterator[Entry]:
-        state = self.engine.optimizer.state
-        for stage in self.engine.stages:
-            common = {id(parameter): key for key, parameter in stage.shared.items()}
-            for name, parameter, sharding in sharded_parameters(stage.module):
-                name = common.get(id(parameter), name)
-                copied = id(parameter) in common and name in stage.module.copies  # type: ignore[operator]
-                yield Entry(f"model/{name}", parameter, sharding, copied)
-                for moment in MOMENTS:
-                    yield Entry(f"{moment}/{name}", state[parameter][moment], sharding, copied)
+        for piece in self._replicas.pieces:
+            for kind, tensor in [("model", piece.weight), *self._replicas.states(piece).items()]:
+                yield self._entry(f"{kind}/{piece.name}", tensor, piece)
+            if self._average is not None:
+                yield self._entry(f"average/{piece.name}", self._average.of(piece), piece)
 
     def counters(self) -> dict[str, Any]:
-        steps = {int(state["step"]) for state in self.engine.optimizer.state.values()}
-        return {"optimizer_steps": max(steps, default=0)}
+        scale = self._loss_scale
+        return {
+            "optimizer_steps": self._replicas.optimizer_steps,
+            "loss_scale": {"scale": scale.scale, "good_steps": scale.good_steps},
+        }
 
     def prepare(self, counters: Mapping[str, Any]) -> None:
-        for parameter in self.engine.parameters:
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            count = torch.tensor(float(counters["optimizer_steps"]), dtype=torch.float32, device=parameter.device)
-            self.engine.optimizer.state[parameter] = {"step": count} | moments
+        self._replicas.make_states(counters["optimizer_steps"])
+        if self._loss_scale.patience:
+            self._loss_scale.scale = counters["loss_scale"]["scale"]
+            self._loss_scale.good_steps = counters["loss_scale"]["good_steps"]
 
     def loaded(self) -> None:
-        """Nothing is derived from the tensors."""
+        """Compute from now on with the weights that were loaded."""
+        self._replicas.refresh()
+
+    def _entry(self, name: str, tensor: Tensor, piece: Piece) -> Entry:
+        if not self._replicas.split_over:
+            whole = tensor.shape != piece.weight.shape  # Adafactor's, for which no matrix is split
+            return Entry(name, tensor, None if whole else piece.sharding, piece.copied)
+        part = FlatPart(tuple(piece.parameter.shape), piece.start)
+        return Entry(name, tensor.flatten(), piece.sharding, piece.copied, part)

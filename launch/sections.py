@@ -40,9 +40,25 @@ class ParallelSettings(Section):
     split: Literal["auto"] | Annotated[tuple[NotNegative, ...], Field(strict=False, min_length=1)] = Field(
         default="auto", description="layers of each stage, first stage first; auto balances their cost"
     )
-    zero: Annotated[int, Field(ge=0, le=3)] = Field(default=0, description="ZeRO stage over the data axis")
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(
+        default=0,
+        description="what the data ranks divide: 0 nothing, 1 optimiser states, 2 also gradients, 3 also weights",
+    )
+    zero_engine: Literal["auto", "deepspeed", "fsdp2"] = Field(
+        default="auto",
+        description="who divides: DeepSpeed, or torch's FSDP2; auto is deepspeed for 1 and 2, fsdp2 for 3",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations computed again in the backward pass instead of kept"
+    )
+    recompute_modules: Annotated[tuple[Literal["core", "mlp"], ...], Field(strict=False, min_length=1)] = Field(
+        default=("core",), description="what selective computes again: the core of attention, the MLP, or both"
+    )
+    recompute_layers: Annotated[str, Field(pattern=r"^(all|[0-9]+ of [1-9][0-9]*)$")] = Field(
+        default="all", description="the layers that compute again: all, or some of every few, such as 1 of 2"
+    )
+    offload: Literal["none", "optimizer"] = Field(
+        default="none", description="what the CPU keeps and computes: optimizer states, with zero 1 or 2"
     )
 
 
@@ -50,19 +66,40 @@ class BatchSettings(Section):
     """How many sequences are trained on at a time."""
 
     global_size: AtLeastOne = Field(default=32, description="sequences per optimiser step, over all ranks")
+    initial_size: NotNegative = Field(
+        default=0, description="sequences of the first steps, a divisor of global_size; 0 is global_size at once"
+    )
+    growth_steps: NotNegative = Field(default=0, description="steps in which the batch grows to global_size")
     micro_size: AtLeastOne = Field(default=4, description="sequences per microbatch")
+
+
+class GroupSettings(Section):
+    """What holds for the parameters whose names match, instead of what holds for all."""
+
+    match: Text = Field(description="pattern of parameter names, such as *.bias or layers.0.*")
+    learning_rate_factor: Annotated[float, Field(ge=0)] = Field(default=1.0, description="factor of the learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="decay in units of the learning rate; null leaves it as it is without the rule"
+    )
 
 
 class OptimizerSettings(Section):
     """The update rule and its constants."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="update rule")
+    name: Literal["adamw", "sgd", "adafactor"] = Field(default="adamw", description="update rule")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="decay per step of the gradient's and the squared gradient's average"
     )
+    momentum: Decay = Field(default=0.9, description="decay per step of the gradient's average, with sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="decay of the matrices, in units of the learning rate"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="factor of the learning rate of each layer by that of the next one, for fine-tuning"
+    )
+    groups: Annotated[tuple[GroupSettings, ...], Field(strict=False)] = Field(
+        default=(), description="rules for parameters by their names; the first that matches counts"
     )
     clip_grad_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="largest L2 norm of the gradient of all parameters; 0 leaves it unclipped"
@@ -73,9 +110,14 @@ class LearningRateSettings(Section):
     """How the learning rate changes over the steps."""
 
     warmup_steps: NotNegative = Field(default=20, description="steps of linear warm-up")
-    decay: Literal["cosine"] = Field(default="cosine", description="shape of the decay from the peak to the minimum")
+    decay: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="shape of the decay from the peak to the minimum; wsd stays at the peak first"
+    )
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2, description="share of the steps after the warm-up in which wsd decays"
+    )
     minimum_learning_rate: Annotated[float, Field(ge=0)] = Field(
-        default=1e-4, description="learning rate at the last step"
+        default=1e-4, description="learning rate at the last step; constant leaves it at the peak"
     )
 
 
@@ -102,6 +144,12 @@ class TrainSettings(Section):
         default=50, description="steps between evaluations on held-out text; 0 evaluates only at the end"
     )
     evaluate_sequences: AtLeastOne = Field(default=32, description="held-out sequences per evaluation")
+    early_stopping: NotNegative = Field(
+        default=0, description="evaluations without a lower held-out loss after which training ends; 0 never"
+    )
+    average_decay: Decay = Field(
+        default=0.0, description="decay per step of an average of the weights, which is evaluated; 0 keeps none"
+    )
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="update rule and its constants")
     schedule: LearningRateSettings = Field(default=LearningRateSettings(), description="learning rate over the steps")
 

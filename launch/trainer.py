@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from weft import __version__
+from weft.launch.batch_sizes import batch_size, samples_before
 from weft.launch.batches import Batches, HeldOutBatches
 from weft.launch.checkpoints import Checkpoints, say_on_rank_0
 from weft.launch.engine import Engine, StepOutcome
@@ -20,6 +21,7 @@ from weft.launch.flops import flops_per_token, model_tflops, peak_tflops, utiliz
 from weft.launch.measured import measured_step
 from weft.launch.metrics import StepMetrics
 from weft.launch.not_finite import Guard
+from weft.launch.patience import Patience
 from weft.launch.plan.breakdown import Memory
 from weft.launch.replicas import check_replicas
 from weft.launch.sections import Settings
@@ -53,6 +55,7 @@ class Trainer:
         length = self.settings.corpus.sequence_length
         self._batches = Batches(self.tokens.train, length, self.settings.train.seed)
         self._held_out = HeldOutBatches(self.tokens.held_out, length)
+        self._patience = Patience(self.settings.train.early_stopping)
 
     def resume(self) -> Path | None:
         """Go on from the checkpoint that the settings name, if there is one."""
@@ -62,18 +65,21 @@ class Trainer:
             return None
         path, run = resumed
         self.step = self._saved = run.step
+        self._patience.best, self._patience.waited = run.best_held_out_loss, run.evaluations_since
         return path
 
     def steps(self) -> Iterator[StepMetrics]:
         """Train to the end, or until the job is asked to stop; saves when due and at the end."""
         if self.step == 0:
             yield self._with_held_out_loss(StepMetrics(step=0))
-        while self.step < self.settings.train.steps and not self.stopped:
+        train = self.settings.train
+        last = self._patience.ended
+        while self.step < train.steps and not (self.stopped or last):
             metrics = self._train_step()
-            train = self.settings.train
             last = self.step == train.steps
             if last or (train.evaluate_every and self.step % train.evaluate_every == 0):
                 metrics = self._with_held_out_loss(metrics)
+                last = last or self._patience.ends(metrics.held_out_loss)
             if train.check_replicas_every and self.step % train.check_replicas_every == 0:
                 check_replicas(self.engine)
             every = self.settings.checkpoint.every
@@ -94,9 +100,11 @@ class Trainer:
 
     def _metadata(self) -> dict[str, Any]:
         return {
-            "samples": self.step * self.settings.batch.global_size,
+            "samples": samples_before(self.step, self.settings.batch),
             "tokens": self.trained_tokens,
             "seed": self.settings.train.seed,
+            "best_held_out_loss": self._patience.best,
+            "evaluations_since": self._patience.waited,
             "versions": {"weft": __version__, "torch": torch.__version__},
             "settings": self.settings.model_dump(mode="json"),
         }
@@ -104,13 +112,13 @@ class Trainer:
     @property
     def trained_tokens(self) -> int:
         """Tokens of all steps so far, resumed ones included."""
-        return self.step * self.settings.batch.global_size * self.settings.corpus.sequence_length
+        return samples_before(self.step, self.settings.batch) * self.settings.corpus.sequence_length
 
     def _train_step(self) -> StepMetrics:
         start = time.perf_counter()
         self.engine.record.begin_step(self.step)
-        size = self.settings.batch.global_size
-        batch = self._batches.batch(self._own_share(np.arange(self.step * size, (self.step + 1) * size)))
+        first, size = samples_before(self.step, self.settings.batch), batch_size(self.step, self.settings.batch)
+        batch = self._batches.batch(self._own_share(np.arange(first, first + size)))
         if self.memory is None:
             outcome, self.memory = measured_step(self.engine, self.step, batch.inputs, batch.targets)
         else:
@@ -144,13 +152,17 @@ class Trainer:
         if mesh["pipeline"].size() > 1 and mesh["data"].get_local_rank() == mesh["tensor"].get_local_rank() == 0:
             self.timeline = self.engine.gather_timeline(outcome)
             bubble = self.timeline.bubble
-        speed = self.settings.batch.global_size * self.settings.corpus.sequence_length / seconds
+        sequences = batch_size(self.step - 1, self.settings.batch)
+        speed = sequences * self.settings.corpus.sequence_length / seconds
         rate = self._tflops(speed)
         device = torch.cuda.get_device_name() if self.engine.device.type == "cuda" else "cpu"
         return StepMetrics(
             step=self.step,
             loss=outcome.loss,
             grad_norm=outcome.gradient_norm,
+            grad_norms=outcome.gradient_norms,
+            skipped=outcome.skipped,
+            loss_scale=self.engine.updates.loss_scale.scale if self.settings.train.precision == "fp16" else None,
             learning_rate=outcome.learning_rate,
             step_seconds=seconds,
             tokens_per_second=speed,

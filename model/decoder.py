@@ -4,7 +4,7 @@ Parameter names are global: a stage keys its blocks by their number in the whole
 the same name in every layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from math import sqrt
 from typing import Any, Literal
 
@@ -42,10 +42,13 @@ class MLP(nn.Module):
     """`down(act(gate(x)) · up(x))`, or `down(act(up(x)))` without a gate: the intermediate features are split.
 
     Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` under sequence parallelism).
+
+    `recompute`: keep only x and compute all of it again in the backward.
     """
 
-    def __init__(self, config: ModelConfig, place: str, **options: Any) -> None:
+    def __init__(self, config: ModelConfig, place: str, *, recompute: bool = False, **options: Any) -> None:
         super().__init__()
+        self.recompute = recompute
         sizes = (config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.gate_proj = ColumnParallelLinear(*sizes, **options) if config.gated else None
         self.up_proj = ColumnParallelLinear(*sizes, **options)
@@ -54,6 +57,10 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.mlp_dropout, f"{place}.dropout")
 
     def forward(self, x: Tensor, dropout_key: DropoutKey | None = None) -> Tensor:
+        again = self.recompute and torch.is_grad_enabled()
+        return recomputed(self._feed, x, dropout_key) if again else self._feed(x, dropout_key)
+
+    def _feed(self, x: Tensor, dropout_key: DropoutKey | None) -> Tensor:
         if self.gate_proj is None:
             hidden = activate(self.up_proj(x), self.activation)
         else:
@@ -99,11 +106,12 @@ class Block(nn.Module):
         *,
         stack: str = "layers",
         causal: bool | None = None,
-        recompute_core: bool = False,
+        recompute: Collection[str] = (),
         **options: Any,
     ) -> None:
         super().__init__()
         place = f"{stack}.{number}"
+        self.recomputes = "block" in recompute
         self.rotary, self.parallel = config.rotary_of(number), config.parallel_residual
         self.norms_sum = config.norm_after == "sum"
         self.input_layernorm = make_norm(config, **options) if config.norm_before else nn.Identity()
@@ -122,11 +130,11 @@ class Block(nn.Module):
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             norm_offset=config.norm_offset,
-            recompute_core=recompute_core,
+            recompute_core="core" in recompute,
             **options,
         )
         self.post_attention_layernorm = make_norm(config, **options) if config.norm_before else nn.Identity()
-        self.mlp = MLP(config, f"{place}.mlp", **options)
+        self.mlp = MLP(config, f"{place}.mlp", recompute="mlp" in recompute, **options)
         after = config.norm_after != "none"
         self.attention_output_norm = make_norm(config, **options) if after else nn.Identity()
         self.mlp_output_norm = make_norm(config, **options) if after else nn.Identity()
@@ -185,7 +193,8 @@ class DecoderStage(nn.Module):
     `[batch, sequence, ceil(vocab / tensor)]`, this rank's part of the vocabulary.
 
     `recompute`: "full" keeps only each block's input and computes the block again in the backward; "selective" does so
-    for the core of attention alone (Korthikanti et al. 2022, §5).
+    for the core of attention (Korthikanti et al. 2022, §5) and the MLP, as `recomputed_modules` says ("core", "mlp").
+    `recomputed_layers`: the blocks that do so.
     """
 
     def __init__(
@@ -198,11 +207,13 @@ class DecoderStage(nn.Module):
         mesh: DeviceMesh,
         sequence_parallel: bool = False,
         recompute: Recompute = "none",
+        recomputed_layers: Container[int] | None = None,
+        recomputed_modules: Collection[str] = ("core",),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.config, self.mesh = config, mesh
         self.sequence_parallel = sequence_parallel and mesh.size() > 1
         options: dict[str, Any] = {
             "mesh": mesh,
@@ -212,9 +223,9 @@ class DecoderStage(nn.Module):
         }
         if first:
             self._add_embedding(options)
-        selective = recompute == "selective"
+        parts = recomputed_parts(recompute, layers, recomputed_layers, recomputed_modules)
         self.layers = nn.ModuleDict(
-            {str(number): Block(config, number, recompute_core=selective, **options) for number in layers}
+            {str(number): Block(config, number, recompute=parts[number], **options) for number in layers}
         )
         if last:
             self._add_head(self.get_parameter(TIED) if first and config.tie_word_embeddings else None, options)
@@ -287,7 +298,7 @@ class DecoderStage(nn.Module):
         visible = None if mask is None else mask.bool()[:, None, None]  # [batch, 1, 1, sequence]
         for name, block in self.layers.items():
             rotary = tables.get(block.rotary)
-            if self.recompute == "full" and torch.is_grad_enabled():
+            if block.recomputes and torch.is_grad_enabled():
                 x = recomputed(block, x, rotary=rotary, mask=visible, dropout_key=dropout_key)
             else:
                 cached = None if cache is None else cache.layer(name)
@@ -330,15 +341,27 @@ class DecoderStage(nn.Module):
         return {kind: rotary_table(positions, self.config.head_dim, kind, dtype=x.dtype) for kind in kinds}
 
 
-def without_sequence_parallelism(stage: DecoderStage) -> DecoderStage:
-    """A stage that computes with the very weights of `stage`, its sequence whole on every rank: for generation."""
+def without_sequence_parallelism(stage: DecoderStage, weights: Mapping[str, Tensor] | None = None) -> DecoderStage:
+    """A stage that computes with the very weights of `stage`, its sequence whole on every rank: for generation.
+
+    `weights`: by name, where those of `stage` are not whole themselves.
+    """
     numbers = [int(number) for number in stage.layers]
-    dtype = next(stage.parameters()).dtype
+    weights = weights or stage.state_dict()
+    dtype = next(iter(weights.values())).dtype
     plain = DecoderStage(
         stage.config, numbers, first=stage.first, last=stage.last, mesh=stage.mesh, device="meta", dtype=dtype
     )
-    plain.load_state_dict(stage.state_dict(), assign=True)
+    plain.load_state_dict(weights, assign=True)
     return plain.eval()
+
+
+def recomputed_parts(
+    recompute: Recompute, layers: Iterable[int], chosen: Container[int] | None, modules: Collection[str]
+) -> dict[int, Collection[str]]:
+    """What each block computes again: "block" is all of it, "core" and "mlp" are parts; None chooses all blocks."""
+    parts: Collection[str] = {"none": (), "selective": modules, "full": ("block",)}[recompute]
+    return {number: parts if chosen is None or number in chosen else () for number in layers}
 
 
 def make_norm(config: ModelConfig, **options: Any) -> nn.Module:

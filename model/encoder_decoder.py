@@ -1,6 +1,6 @@
 """Encoder-decoder models (Vaswani et al. 2017; Raffel et al. 2020) as one pipeline: encoder first, then decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.model.config import ModelConfig
-from weft.model.decoder import TIED, Block, Recompute, ResidualDropout, make_norm
+from weft.model.decoder import TIED, Block, Recompute, ResidualDropout, make_norm, recomputed_parts
 from weft.parallel import (
     DropoutKey,
     ParallelCrossAttention,
@@ -22,8 +22,8 @@ from weft.parallel import (
 class CrossBlock(Block):
     """A decoder's block: attention within its own sequence, then to the encoder's output, then an MLP."""
 
-    def __init__(self, config: ModelConfig, number: int, *, recompute_core: bool = False, **options: Any) -> None:
-        super().__init__(config, number, stack="decoder", causal=True, recompute_core=recompute_core, **options)
+    def __init__(self, config: ModelConfig, number: int, *, recompute: Collection[str] = (), **options: Any) -> None:
+        super().__init__(config, number, stack="decoder", causal=True, recompute=recompute, **options)
         self.cross_attention_layernorm = make_norm(config, **options)
         self.cross_attn = ParallelCrossAttention(
             config.hidden_size,
@@ -34,7 +34,7 @@ class CrossBlock(Block):
             place=f"decoder.{number}.cross_attn",
             is_causal=False,
             scale=config.attention_scale,
-            recompute_core=recompute_core,
+            recompute_core="core" in recompute,
             **options,
         )
         self.cross_dropout = ResidualDropout(config, f"decoder.{number}.cross_residual", **options)
@@ -82,11 +82,13 @@ class EncoderDecoderStage(nn.Module):
         mesh: DeviceMesh,
         sequence_parallel: bool = False,
         recompute: Recompute = "none",
+        recomputed_layers: Container[int] | None = None,
+        recomputed_modules: Collection[str] = ("core",),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.config, self.mesh = config, mesh
         self.sequence_parallel = sequence_parallel and mesh.size() > 1
         self.first, self.last = first, last
         options: dict[str, Any] = {"mesh": mesh, "device": device, "dtype": dtype}
@@ -95,7 +97,7 @@ class EncoderDecoderStage(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **split)
             self.encoder_dropout = self._dropout("encoder_embedding", split)
             self.decoder_dropout = self._dropout("decoder_embedding", split)
-        self._add_blocks(layers, options, split | {"recompute_core": recompute == "selective"})
+        self._add_blocks(recomputed_parts(recompute, layers, recomputed_layers, recomputed_modules), options, split)
         if config.encoder_layers - 1 in layers:
             self.encoder_norm = make_norm(config, **split)
             self.encoder_output_dropout = self._dropout("encoder_output", split)
@@ -108,14 +110,23 @@ class EncoderDecoderStage(nn.Module):
     def _dropout(self, place: str, options: dict[str, Any]) -> ResidualDropout:
         return ResidualDropout(self.config, place, p=self.config.embedding_dropout, **options)
 
-    def _add_blocks(self, layers: Sequence[int], options: dict[str, Any], block_options: dict[str, Any]) -> None:
+    def _add_blocks(
+        self, layers: Mapping[int, Collection[str]], options: dict[str, Any], split: dict[str, Any]
+    ) -> None:
+        """`layers`: with what each of them computes again."""
         config, depth = self.config, self.config.encoder_layers
-        own = [layer for layer in layers if layer < depth]
-        self.encoder = nn.ModuleDict(
-            {str(layer): Block(config, layer, stack="encoder", causal=False, **block_options) for layer in own}
-        )
-        numbers = [layer - depth for layer in layers if layer >= depth]
-        self.decoder = nn.ModuleDict({str(number): CrossBlock(config, number, **block_options) for number in numbers})
+        own = {
+            str(layer): Block(config, layer, stack="encoder", causal=False, recompute=parts, **split)
+            for layer, parts in layers.items()
+            if layer < depth
+        }
+        self.encoder = nn.ModuleDict(own)
+        crossed = {
+            str(layer - depth): CrossBlock(config, layer - depth, recompute=parts, **split)
+            for layer, parts in layers.items()
+            if layer >= depth
+        }
+        self.decoder = nn.ModuleDict(crossed)
         for stack in ("encoder", "decoder"):
             if getattr(self, stack):
                 bias = RelativePositionBias(
@@ -186,7 +197,7 @@ class EncoderDecoderStage(nn.Module):
         return y
 
     def _run(self, block: nn.Module, *inputs: Tensor, **options: Any) -> Tensor:
-        if self.recompute == "full" and torch.is_grad_enabled():
+        if block.recomputes and torch.is_grad_enabled():
             return recomputed(block, *inputs, **options)  # type: ignore[no-any-return]
         result: Tensor = block(*inputs, **options)
         return result

@@ -9,6 +9,11 @@ from .data.buckets import GradientBuckets as GradientBuckets
 from .data.gradients import clip_gradients as clip_gradients
 from .data.gradients import counted_parameters as counted_parameters
 from .data.gradients import gradient_norm as gradient_norm
+from .data.replicas import Piece as Piece
+from .data.replicas import PlainReplicas as PlainReplicas
+from .data.replicas import Replicas as Replicas
+from .data.zero_deepspeed import DeepSpeedReplicas as DeepSpeedReplicas
+from .data.zero_fsdp import FullyShardedReplicas as FullyShardedReplicas
 from .deferred import WeightGradientQueue as WeightGradientQueue
 from .memory import storage_bytes as storage_bytes
 from .memory import track_memory as track_memory

@@ -29,6 +29,13 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
+    def count(self, device_type: str) -> int:
+        """The bytes that live now on one kind of device; storages that were resized count as they are."""
+        storages = (reference() for reference in self._storages.values())
+        return sum(
+            storage.nbytes() for storage in storages if storage is not None and storage.device.type == device_type
+        )
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

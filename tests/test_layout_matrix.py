@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tests.plain.train import PlainRun, build_plain, train_plain
 from tests.pool import Pool
@@ -65,6 +67,11 @@ class Case:
     dtype: str = "float64"
     dropout: float = 0.0
     recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ("core",)
+    recompute_layers: str = "all"
+    zero: int = 0
+    offload: str = "none"
+    optimizer: str = "adamw"
 
     @property
     def global_size(self) -> int:
@@ -95,6 +102,10 @@ class Case:
                     "stages_per_rank": self.stages_per_rank,
                     "split": self.split,
                     "recompute": self.recompute,
+                    "recompute_modules": self.recompute_modules,
+                    "recompute_layers": self.recompute_layers,
+                    "zero": self.zero,
+                    "offload": self.offload,
                 },
                 "batch": {
                     "global_size": self.global_size,
@@ -103,7 +114,7 @@ class Case:
                 "train": {
                     "steps": STEPS,
                     "seed": SEED,
-                    "optimizer": {"learning_rate": LEARNING_RATE, "clip_grad_norm": 0.5},
+                    "optimizer": {"name": self.optimizer, "learning_rate": LEARNING_RATE, "clip_grad_norm": 0.5},
                     "schedule": {"warmup_steps": 2, "minimum_learning_rate": LEARNING_RATE},
                 },
                 "corpus": {"sequence_length": SEQUENCE},
@@ -157,8 +168,19 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
         "embed_tokens.weight" if engine.config.tie_word_embeddings and name == "lm_head.weight" else name: full
         for module in engine.modules
         for name, parameter, sharding in sharded_parameters(module)
-        if (full := gather_full(parameter, sharding)) is not None
+        if (full := gather_full(whole(parameter), sharding)) is not None
     }
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """This tensor rank's part of a parameter, from all data ranks where FSDP has divided its rows."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # DTensor's own way looks up groups by mesh, and so finds those of earlier runs on the same worker.
+    group = parameter.device_mesh.get_group()
+    rows: list[Any] = [None] * group.size()
+    dist.all_gather_object(rows, parameter.to_local().detach(), group=group)
+    return torch.cat(rows)
 
 
 @cache
@@ -170,7 +192,13 @@ def run_plain(case: Case) -> tuple[dict[str, Tensor], PlainRun]:
     initialize(drawn, SEED, initial_distribution(model_config(case.config())))
     initial = {name: weight.clone() for name, weight in drawn.state_dict().items()}
     rates = [LEARNING_RATE / 2] + [LEARNING_RATE] * (STEPS - 1)
-    run = train_plain(build_plain(case.config(), initial), batches(case), learning_rates=rates, clip_grad_norm=0.5)
+    run = train_plain(
+        build_plain(case.config(), initial),
+        batches(case),
+        learning_rates=rates,
+        clip_grad_norm=0.5,
+        optimizer_name=case.optimizer,
+    )
     return initial, run
 
 
@@ -184,6 +212,7 @@ def differences(case: Case, outcomes: list[Outcome]) -> list[str]:
         case.vocabulary,
         microbatches=8 if case.global_size == 32 else 1,
         dtype=case.dtype,
+        optimizer=case.optimizer,
     )
     initial, plain = run_plain(model_alone)
     return compare(case, outcomes, Outcome(plain.losses, plain.gradient_norms, initial, plain.weights))

@@ -78,7 +78,9 @@ def shrunk(settings: Settings, *, sequence: int, processes: int) -> Settings:
     units = settings.batch.global_size // settings.batch.micro_size
     units = _smaller(units, MICROBATCHES, processes)
     micro_size = min(settings.batch.micro_size, LARGEST_MICROBATCH)
-    batch = settings.batch.model_copy(update={"global_size": units * micro_size, "micro_size": micro_size})
+    batch = settings.batch.model_copy(
+        update={"global_size": units * micro_size, "micro_size": micro_size, "initial_size": 0}
+    )
     return settings.model_copy(update={"corpus": corpus, "batch": batch})
 
 
@@ -89,7 +91,10 @@ def _smaller(size: int, wanted: int, ranks: int) -> int:
 
 
 def arranged(settings: Settings, layout: Layout) -> Settings:
-    """The same settings in another layout; one process needs neither ZeRO nor recomputation."""
+    """The same settings in another layout; one process needs no recomputation.
+
+    Data ranks divide nothing: whole gradients are compared, which no rank of ZeRO holds.
+    """
     parallel = settings.parallel
     stages = layout.pipeline * layout.stages_per_rank
     changes = {
@@ -98,11 +103,13 @@ def arranged(settings: Settings, layout: Layout) -> Settings:
         "pipeline": layout.pipeline,
         "schedule": layout.schedule,
         "stages_per_rank": layout.stages_per_rank,
+        "zero": 0,
+        "zero_engine": "auto",
         "sequence_parallel": layout.sequence_parallel,
         "split": parallel.split if parallel.split != "auto" and len(parallel.split) == stages else "auto",
     }
     if layout == Layout():
-        changes |= {"zero": 0, "recompute": "none"}
+        changes |= {"recompute": "none"}
     return settings.model_copy(update={"parallel": parallel.model_copy(update=changes)})
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from weft.launch.optimizer import build_optimizer
+from weft.launch.optimizer import build_optimizer, parameter_groups
 from weft.launch.sections import OptimizerSettings
 from weft.launch.verify.layout import Layout, Plan, grids, schedules
 from weft.launch.verify.subject import UnfitError
@@ -102,7 +102,8 @@ class OwnRun:
         self.tensor, self.data = mesh["tensor"], mesh["data"]
         self.own_loss: float | None = None
         self.arguments, self.keywords = own_rows(batch, self.data, dtype)
-        self.optimizer = build_optimizer(model.parameters(), OptimizerSettings())
+        options = OptimizerSettings()
+        self.optimizer = build_optimizer(parameter_groups(model.named_parameters(), options), options)
 
     @property
     def targets(self) -> tuple[int, ...]:

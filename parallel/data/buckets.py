@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.deferred import gradient_dtype
 from weft.parallel.exchange import Pending, start_all_reduce
 
 BUCKET_BYTES = 25 * 2**20
@@ -88,7 +89,9 @@ class Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         first = self.parameters[0]
-        self.flat = torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
+        self.flat = torch.zeros(
+            sum(p.numel() for p in self.parameters), dtype=gradient_dtype(first), device=first.device
+        )
         self.early = True
         self.waiting_for: set[int] = set()
         self._pending: Pending | None = None
@@ -120,11 +123,12 @@ class Bucket:
 
 
 def _by_size(parameters: Iterable[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Neighbours of equal precision and device together, up to `limit` bytes; a larger parameter is alone."""
+    """Neighbours whose gradients have one precision and device together, up to `limit` bytes; a larger one is alone."""
     groups: list[list[nn.Parameter]] = []
     kind, size = None, 0
     for parameter in parameters:
-        own_kind, own_size = (parameter.dtype, parameter.device), parameter.numel() * parameter.element_size()
+        precision = gradient_dtype(parameter)
+        own_kind, own_size = (precision, parameter.device), parameter.numel() * precision.itemsize
         if own_kind != kind or size + own_size > limit:
             groups.append([])
             kind, size = own_kind, 0

@@ -23,7 +23,7 @@ def counted_parameters(
         parameter
         for module in modules
         for _, parameter, sharding in sharded_parameters(module)
-        if id(parameter) not in skipped and _counts_here(sharding, tensor)
+        if id(parameter) not in skipped and counts_here(sharding, tensor)
     ]
 
 
@@ -33,15 +33,36 @@ def gradient_norm(parameters: Sequence[nn.Parameter], axes: Sequence[DeviceMesh]
     `parameters`: those that this rank counts. `axes`: those over which the model is split (pipeline and tensor).
     Communication: one all-reduce of one number per axis.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], axes)
+
+
+def total_norm(gradients: Sequence[Tensor], axes: Sequence[DeviceMesh]) -> Tensor:
+    """L2 norm of all gradients of all ranks of the axes together, a float64 scalar, the same on every rank."""
+    return norms(gradients, [0] * len(gradients), 1, axes).squeeze(0)
+
+
+def norms(
+    gradients: Sequence[Tensor],
+    labels: Sequence[int],
+    count: int,
+    axes: Sequence[DeviceMesh],
+    *,
+    spoiled: bool = False,
+) -> Tensor:
+    """L2 norms of the gradients of each label of `count`, over all ranks of the axes, float64 `[count]`.
+
+    `spoiled`, on one rank, makes them not a number on all.
+    Communication: one all-reduce of `count` numbers per axis.
+    """
+    device = gradients[0].device if gradients else torch.device(axes[0].device_type)
+    squares = torch.full((count,), torch.nan if spoiled else 0.0, dtype=torch.float64, device=device)
     if gradients:
-        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum().reshape(1)
-    else:
-        squares = torch.zeros(1, dtype=torch.float64, device=axes[0].device_type)
+        own = torch.stack(torch._foreach_norm(list(gradients))).double().square()
+        squares.index_add_(0, torch.tensor(labels, device=device), own)
     for axis in axes:
         if axis.size() > 1:
             squares = start_all_reduce(squares, axis, overwrite=True).wait()
-    return squares.sqrt().squeeze(0)
+    return squares.sqrt()
 
 
 @torch.no_grad()
@@ -52,7 +73,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, largest: fl
         torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0).to(gradients[0].dtype))
 
 
-def _counts_here(sharding: Sharding | None, tensor: DeviceMesh) -> bool:
+def counts_here(sharding: Sharding | None, tensor: DeviceMesh) -> bool:
+    """Whether a parameter's gradient counts on this rank of the `tensor` axis, on which others may hold the same."""
     if sharding is None or sharding.dim is None:
         return tensor.get_local_rank() == 0
     return sharding.mesh.get_local_rank() % sharding.replicas == 0

@@ -75,6 +75,7 @@ class PipelineExecutor:
             does it by calling `reduce_shared_gradients` once before the optimiser steps.
         before_last_backward: called with a stage's index just before the last action that produces its gradients, so
             that their reduction over other axes can begin while that action runs.
+        after_backward: called with a stage's index after every action that may have added to its gradients.
         shared_stages: by the name of each shared parameter the stages that hold it, the same on every rank; None asks
             the other ranks.
         device: where the stages compute; the mesh's own device when None.
@@ -98,6 +99,7 @@ class PipelineExecutor:
         timeout: float = 600.0,
         reduce_shared_gradients: bool = True,
         before_last_backward: Callable[[int], None] | None = None,
+        after_backward: Callable[[int], None] | None = None,
         shared_stages: Mapping[str, Sequence[int]] | None = None,
         device: torch.device | None = None,
         record: RankRecord | None = None,
@@ -111,6 +113,7 @@ class PipelineExecutor:
         self._split = split
         self._shapes = shapes
         self._reduces_shared = reduce_shared_gradients
+        self._after_backward = after_backward
         self._check_stages(len(stages), mesh)
         self._clock = clock_of(device)
         record = record or open_record(os.environ)
@@ -163,9 +166,13 @@ class PipelineExecutor:
             run = self._execute(self._make_feed(Given(batch, None, keywords), wants_loss=False), forward=True)
         return [run.outputs[microbatch] for microbatch in sorted(run.outputs)] if run.outputs else None
 
-    def reduce_shared_gradients(self) -> None:
-        """Sum the gradients of shared parameters over all stages that hold them, in place."""
-        self._shared.sum_gradients()
+    def reduce_shared_gradients(self, gradients: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+        """Sum the gradients of shared parameters over all stages that hold them, in place.
+
+        `gradients`: by the shared name, those to sum instead of the parameters' own, one for each stage of this rank
+        that holds the parameter; of one shape on all holders.
+        """
+        self._shared.sum_gradients(gradients)
 
     def gather_timeline(self, result: StepResult) -> Timeline:
         """The measured boxes of all ranks, on a common clock. A collective call of the pipeline group."""
@@ -211,6 +218,7 @@ class PipelineExecutor:
             loss_function=self._loss_function,
             loss_weight=self._loss_weight,
             before_last_backward={} if forward else self._last_backwards,
+            after_backward=None if forward else self._after_backward,
         )
         run.execute()
         return run

@@ -39,6 +39,7 @@ class ProgramRun:
         loss_function: LossFunction | None,
         loss_weight: float,
         before_last_backward: Mapping[Action, Callable[[], None]],
+        after_backward: Callable[[int], None] | None = None,
     ) -> None:
         self.losses: dict[int, Tensor] = {}
         self.metrics: dict[int, Mapping[str, Tensor]] = {}
@@ -56,6 +57,7 @@ class ProgramRun:
         self._loss_function = loss_function
         self._loss_weight = loss_weight
         self._before_last_backward = before_last_backward
+        self._after_backward = after_backward
         self._inboxes = {peer: Inbox(transport, peer, order, shapes) for peer, order in plan.incoming.items()}
         self._outboxes = {peer: Outbox(transport, peer) for peer in plan.outgoing}
         self._compute = {"F": self._forward, "B": self._backward, "I": self._backward_of_input, "W": self._of_weight}
@@ -85,6 +87,8 @@ class ProgramRun:
         self.starts.append(self._clock.mark())
         try:
             given = self._compute[action.kind](action, taken)
+            if self._after_backward is not None and action.kind != "F":
+                self._after_backward(action.stage)
         except Exception as error:
             where = f"in the {KINDS[action.kind]} of microbatch {action.microbatch} on stage {action.stage}"
             if timed_out(error):

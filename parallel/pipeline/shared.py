@@ -47,13 +47,10 @@ class SharedParameters:
                 if copy.grad is not None:
                     copy.grad.zero_()
 
-    def sum_gradients(self) -> None:
-        """Add up the gradients of all holders, in place, in the same order on every rank."""
-        for key, copies in sorted(self._copies.items()):
-            for copy in copies:
-                if copy.grad is None:
-                    copy.grad = torch.zeros_like(copy)
-            gradients = [copy.grad for copy in copies if copy.grad is not None]
+    def sum_gradients(self, given: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+        """Add up the gradients of all holders, or those given, in place, in the same order on every rank."""
+        for key in sorted(self._copies):
+            gradients = self._own_gradients(key) if given is None else given[key]
             for other in gradients[1:]:
                 gradients[0].add_(other)
             parts = self._exchange(key, gradients[0])
@@ -62,6 +59,13 @@ class SharedParameters:
                 total.add_(part)
             for gradient in gradients:
                 gradient.copy_(total)
+
+    def _own_gradients(self, key: str) -> list[Tensor]:
+        copies = self._copies[key]
+        for copy in copies:
+            if copy.grad is None:
+                copy.grad = torch.zeros_like(copy)
+        return [copy.grad for copy in copies if copy.grad is not None]
 
     def _exchange(self, key: str, own: Tensor) -> list[Tensor]:
         """Every holder's tensor, in the order of ranks."""

@@ -68,6 +68,13 @@ class PipelineStage:
                 deferring = True
         return deferring
 
+    def compute_weight_gradients_at_once(self) -> None:
+        """Let no layer leave its weight gradient for later, whatever the schedule."""
+        self._queue = WeightGradientQueue()  # the one that plain linear layers look at never records again
+        for part in self.module.modules():
+            if hasattr(part, "weight_gradient_queue"):
+                part.weight_gradient_queue = None  # type: ignore[assignment]
+
     def forward(self, payload: Nest, keywords: Mapping[str, Any]) -> Nest:
         return self.module(*as_arguments(payload), **keywords)
 

@@ -45,21 +45,32 @@ def defer_partial_gradients(module: nn.Module) -> None:
 @torch.no_grad()
 def reduce_partial_gradients(module: nn.Module) -> None:
     """Sum the deferred partial gradients over their ranks, in place, in one message per mesh axis and precision."""
-    groups: dict[tuple[DeviceMesh, torch.dtype], list[tuple[Tensor, Sharding]]] = defaultdict(list)
+    partial = []
     for _, parameter, sharding in sharded_parameters(module):
-        if (
-            sharding is None
-            or not sharding.partial_gradient
-            or sharding.mesh.size() == 1
-            or not parameter.requires_grad
-        ):
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        groups[sharding.mesh, parameter.grad.dtype].append((parameter.grad, sharding))
+        if parameter.requires_grad and _is_partial(sharding):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            partial.append((parameter.grad, sharding))
+    sum_partial_gradients(partial)
+
+
+@torch.no_grad()
+def sum_partial_gradients(gradients: Iterable[tuple[Tensor, Sharding | None]]) -> None:
+    """Sum those of the gradients that are partial over their ranks, in place.
+
+    They may be parts of gradients, the same part on all ranks of the sharding's mesh.
+    """
+    groups: dict[tuple[DeviceMesh, torch.dtype], list[tuple[Tensor, Sharding]]] = defaultdict(list)
+    for gradient, sharding in gradients:
+        if sharding is not None and _is_partial(sharding) and gradient.numel():
+            groups[sharding.mesh, gradient.dtype].append((gradient, sharding))
     for (mesh, _), entries in groups.items():
         for (gradient, _), total in zip(entries, _sum_terms(entries, mesh), strict=True):
             gradient.copy_(total)
+
+
+def _is_partial(sharding: Sharding | None) -> bool:
+    return sharding is not None and sharding.partial_gradient and sharding.mesh.size() > 1
 
 
 def _sum_terms(entries: Iterable[tuple[Tensor, Sharding]], mesh: DeviceMesh) -> list[Tensor]:

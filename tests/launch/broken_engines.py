@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from weft.launch.verify.config_model import ConfigModel, EngineRun
 from weft.launch.verify.layout import Layout
-from weft.parallel.tensor.partial import ShardedModule
 
 
 class ForgetsData(ConfigModel):
@@ -17,8 +16,9 @@ class ForgetsData(ConfigModel):
 
     def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
         run = super().build(layout, mesh, dtype, **options)
-        for buckets in run.engine.buckets.values():
-            buckets.arm = buckets.finish = lambda: None  # type: ignore[method-assign]
+        replicas = run.engine.updates.replicas
+        replicas.before_last_backward = lambda stage: None  # type: ignore[method-assign]
+        replicas.finish = lambda: None  # type: ignore[method-assign]
         return run
 
 
@@ -27,7 +27,7 @@ class ForgetsTied(ConfigModel):
 
     def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
         run = super().build(layout, mesh, dtype, **options)
-        run.engine.executor.reduce_shared_gradients = lambda: None  # type: ignore[method-assign]
+        run.engine.executor.reduce_shared_gradients = lambda gradients=None: None  # type: ignore[method-assign]
         return run
 
 
@@ -36,10 +36,9 @@ class ForgetsPartial(ConfigModel):
 
     def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
         run = super().build(layout, mesh, dtype, **options)
-        for module in run.modules:
-            for part in module.modules():
-                if isinstance(part, ShardedModule):
-                    part.shardings = {name: replace(s, partial_gradient=False) for name, s in part.shardings.items()}
+        for piece in run.engine.updates.replicas.pieces:
+            if piece.sharding is not None:
+                object.__setattr__(piece, "sharding", replace(piece.sharding, partial_gradient=False))
         return run
 
 

@@ -62,6 +62,8 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"batch": {"global_size": 30, "micro_size": 4}}, 2, ["global_size is 30", "data 2 ×", "= 8", "24 or 32"]),
         ({"batch": {"global_size": 10**15}}, 1, ["global_size is 10", "at most 100000", "larger batch.micro_size"]),
         ({"batch": {"global_size": 3, "micro_size": 4}}, 1, ["global_size is 3", "that do: 4"]),
+        ({"batch": {"initial_size": 12}}, 1, ["initial_size is 12", "does not divide batch.global_size 32"]),
+        ({"batch": {"initial_size": 4}}, 2, ["initial_size is 4", "= 8", "choose a multiple of 8"]),
         ({"parallel": {"tensor": 4}}, 4, ["parallel.tensor is 4", "6 attention heads", "choose 1, 2"]),
         ({"model": {"intermediate_size": 97}, "parallel": {"tensor": 2}}, 2, ["intermediate_size 97", "tensor 2"]),
         ({"model": {"hidden_sise": 3}}, 1, ["model.hidden_sise is not a known key", "hidden_size"]),
@@ -74,8 +76,9 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"parallel": {"schedule": "mine.csv"}}, 1, ["parallel.schedule is mine.csv", "cannot be read"]),
         ({"parallel": {"schedule": "gpipe", "stages_per_rank": 2}}, 1, ["gpipe", "one stage per rank, not 2"]),
         ({"parallel": {"context": 2}}, 2, ["parallel.context is 2; this version supports 1"]),
-        ({"parallel": {"zero": 1}}, 1, ["parallel.zero is 1; this version supports 0"]),
-        ({"train": {"precision": "bf16"}}, 1, ["train.precision is bf16; this version supports fp32"]),
+        ({"parallel": {"zero": 1, "zero_engine": "fsdp2"}}, 1, ["zero_engine is fsdp2", "zero=3", "deepspeed or auto"]),
+        ({"parallel": {"zero": 3, "zero_engine": "deepspeed", "pipeline": 2}}, 2, ["zero is 3", "fsdp2 or auto"]),
+        ({"parallel": {"tensor": 2}, "train": {"optimizer": {"name": "adafactor"}}}, 2, ["adafactor", "adamw or sgd"]),
     ],
 )
 def test_misfits_name_numbers_and_choices(sections: dict[str, Any], world: int, words: list[str]) -> None:

@@ -98,6 +98,22 @@ def test_directory_without_write_permission(tmp_path: Path) -> None:
         tmp_path.chmod(0o755)
 
 
+def test_float16_is_refused_on_a_cpu(values: dict[str, Any]) -> None:
+    assert refusal(changed(values, train={"precision": "fp16"})) == (
+        "train.precision is fp16, which needs a GPU; on CPUs choose bf16 or fp32."
+    )
+    check_run(changed(values, train={"precision": "bf16"}), 1)
+
+
+def test_zero_says_what_to_install(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.launch.preflight.find_spec", lambda name: None)
+    message = refusal(changed(values, parallel={"zero": 2}))
+    assert "parallel.zero is 2, which needs DeepSpeed" in message
+    assert "pip install 'weft[deepspeed]'" in message
+    for zero in (0, 3):
+        check_run(changed(values, parallel={"zero": zero}), 1)
+
+
 def test_run_goes_on_in_another_layout_and_for_longer(values: dict[str, Any]) -> None:
     begin(build_settings(values))
     again = changed(

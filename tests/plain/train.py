@@ -40,12 +40,17 @@ def train_plain(
     weight_decay: float = 0.1,
     clip_grad_norm: float = 1.0,
     ignore_index: int = -100,
+    optimizer_name: str = "adamw",
 ) -> PlainRun:
-    """Take one AdamW step on each (tokens, targets), both `[batch, sequence]`; matrices decay, vectors do not."""
+    """Take one step on each (tokens, targets), both `[batch, sequence]`; matrices decay, vectors do not."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=betas)
+    optimizer: torch.optim.Optimizer = {
+        "adamw": lambda: torch.optim.AdamW(groups, betas=betas),
+        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
+        "adafactor": lambda: torch.optim.Adafactor(groups),
+    }[optimizer_name]()
     run = PlainRun()
     for (tokens, targets), learning_rate in zip(batches, learning_rates, strict=True):
         optimizer.zero_grad()
