@@ -129,7 +129,7 @@ def no_manifest(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch)
 
 
 def no_such(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
-    settings = checkpoints.state.engine.settings  # type: ignore[attr-defined]
+    settings = build_settings(read_run(path).settings)
     named = settings.checkpoint.model_copy(update={"resume": str(path / "nowhere"), "directory": str(path)})
     report = settings.report.model_copy(update={"directory": str(path / "run")})
     cluster = settings.cluster.model_copy(update={"device": "cpu"})
