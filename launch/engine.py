@@ -153,6 +153,7 @@ class Engine:
             self._cut(inputs, count), self._cut(targets, count), keywords=self._keywords(samples.chunk(count))
         )
         self.record.enter("gradient reduction")
+        self.updates.replicas.finish()
         loss = self._over_data(result.loss) / scale
         updated = self.updates.apply(step, self.executor, loss)
         return StepOutcome(

@@ -62,13 +62,17 @@ class Updates:
         self._counted = [p for p in self.replicas.pieces if not p.copied and counts_here(p.sharding, tensor)]
         self._axes = (tensor, mesh["pipeline"], *self.replicas.split_over)
         self._names = [*dict.fromkeys(KINDS.values()), OTHER]
-        self._labels = [piece.stage * len(self._names) + self._names.index(kind(piece.name)) for piece in self._counted]
+        places = [piece.stage * len(self._names) + self._names.index(kind(piece.name)) for piece in self._counted]
+        device = next((piece.parameter.device for piece in self._counted), torch.device(mesh.device_type))
+        self._labels = torch.tensor(places, dtype=torch.int64, device=device)
         self._all_stages = all_stages
 
     def apply(self, step: int, executor: PipelineExecutor, loss: float) -> Updated:
-        """Update the weights from the gradients of the step numbered from 0, whose loss was so."""
+        """Update the weights from the gradients of the step numbered from 0, whose loss was so.
+
+        The replicas have finished their sums.
+        """
         replicas, largest = self.replicas, self.settings.train.optimizer.clip_grad_norm
-        replicas.finish()
         gradients = {id(piece): replicas.gradient(piece) for piece in replicas.pieces}
         sum_partial_gradients((gradients[id(piece)], piece.sharding) for piece in replicas.pieces)
         executor.reduce_shared_gradients(self._shared(gradients))

@@ -38,12 +38,13 @@ def gradient_norm(parameters: Sequence[nn.Parameter], axes: Sequence[DeviceMesh]
 
 def total_norm(gradients: Sequence[Tensor], axes: Sequence[DeviceMesh]) -> Tensor:
     """L2 norm of all gradients of all ranks of the axes together, a float64 scalar, the same on every rank."""
-    return norms(gradients, [0] * len(gradients), 1, axes).squeeze(0)
+    device = gradients[0].device if gradients else torch.device(axes[0].device_type)
+    return norms(gradients, torch.zeros(len(gradients), dtype=torch.int64, device=device), 1, axes).squeeze(0)
 
 
 def norms(
     gradients: Sequence[Tensor],
-    labels: Sequence[int],
+    labels: Tensor,
     count: int,
     axes: Sequence[DeviceMesh],
     *,
@@ -51,14 +52,14 @@ def norms(
 ) -> Tensor:
     """L2 norms of the gradients of each label of `count`, over all ranks of the axes, float64 `[count]`.
 
+    `labels`: int64 `[gradients]`, on the device of the axes, where the gradients need not be.
     `spoiled`, on one rank, makes them not a number on all.
     Communication: one all-reduce of `count` numbers per axis.
     """
-    device = gradients[0].device if gradients else torch.device(axes[0].device_type)
-    squares = torch.full((count,), torch.nan if spoiled else 0.0, dtype=torch.float64, device=device)
+    squares = torch.full((count,), torch.nan if spoiled else 0.0, dtype=torch.float64, device=labels.device)
     if gradients:
         own = torch.stack(torch._foreach_norm(list(gradients))).double().square()
-        squares.index_add_(0, torch.tensor(labels, device=device), own)
+        squares.index_add_(0, labels, own.to(labels.device))
     for axis in axes:
         if axis.size() > 1:
             squares = start_all_reduce(squares, axis, overwrite=True).wait()
