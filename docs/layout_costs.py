@@ -18,6 +18,7 @@ from weft.model.config import ModelConfig, model_config
 from weft.model.split import split_layers
 
 ELEMENT = 4  # bytes of a float32
+KINDS = 6  # of layers, each with a gradient norm of its own per stage
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def sent_bytes(layout: Layout, stage: int) -> dict[str, float]:
         "tied embedding": _tied_bytes(layout) if (first or last) and layout.pipeline > 1 else 0.0,
         "partial gradients": 2 * ring(tensor) * partial_elements(layout, stage) * ELEMENT,
         "data": 2 * ring(layout.data) * (parameters(layout, stage) * ELEMENT + 16),
-        "gradient norm": 2 * 8 * (ring(tensor) + ring(layout.pipeline)),
+        "gradient norm": 2 * 8 * KINDS * layout.pipeline * (ring(tensor) + ring(layout.pipeline)),
     }
 
 

@@ -34,7 +34,7 @@ class Job:
         self.nodes, self.folder = nodes, folder
         settings = SETTINGS | {
             "parallel": {"data": 2},
-            "train": SETTINGS["train"] | {"steps": 100000, "timeout": 6, "evaluate_every": 0},
+            "train": SETTINGS["train"] | {"steps": 100000, "timeout": 10, "evaluate_every": 0},
             "checkpoint": {"every": 5},
         }
         (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
