@@ -85,7 +85,7 @@ def _start_server(service: Service, source: Source, options: dict[str, Any]) -> 
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A listening socket: clients may connect before the server takes up their connections.
 
     Raises:
         OSError: the address is taken or not of this machine.
@@ -95,6 +95,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((host, port))
+        opened.listen(CONNECTIONS)
     except OSError:
         opened.close()
         raise
