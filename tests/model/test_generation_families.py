@@ -31,10 +31,12 @@ NOT_ALONE = ("dynamic", "longrope")
 
 
 def chosen(references: list[Reference]) -> list[Reference]:
-    """One reference of each family and kind of rotary positions, whose model sees enough positions."""
+    """One reference of each family of decoders and kind of rotary positions, whose model sees enough positions."""
     kept = {}
     for reference in references:
         config = json.loads((Path(reference.directory) / "config.json").read_text())
+        if model_config(config).kind != "decoder":
+            continue
         kind = (config.get("rope_parameters") or {}).get("rope_type")
         positions = config.get("max_position_embeddings", config.get("n_positions"))
         if kind not in NOT_ALONE and positions >= 24 + NEW_TOKENS:
