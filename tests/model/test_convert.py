@@ -46,7 +46,8 @@ def test_weights_come_back_bit_for_bit_and_mean_the_same(
         assert all(torch.equal(before[name], after[name]) for name in before), reference.case
         config = json.loads((tmp_path / f"back{number}" / "config.json").read_text())
         model = getattr(transformers, config["architectures"][0]).from_pretrained(tmp_path / f"back{number}").eval()
-        logits = model(**inputs_of(reference.case)).logits  # with gradients, as the reference: without, T5 rounds otherwise
+        # with gradients, as the reference is made: without them T5's logits are rounded otherwise
+        logits = model(**inputs_of(reference.case)).logits
         assert torch.equal(logits, reference.logits), reference.case
         index = json.loads((tmp_path / f"back{number}" / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == after.keys()
