@@ -2,7 +2,7 @@
 
 Model states follow ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, fig. 1). Activations are counted as Korthikanti et
 al. 2022 (arXiv:2205.05198, §4) count them, for the operations that weft's layers are made of; how many microbatches a
-rank holds is read off the schedule's table.
+rank holds is read off the schedule's table, and how many messages off the rank's plan of communication.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,10 @@ from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.parameters import rank_parameters, stage_layers
 from weft.launch.plan.recipe import Recipe
 from weft.launch.plan.shape import ModelShape
-from weft.parallel.pipeline.table import Schedule
+from weft.parallel.pipeline.plan import plan_rank
+from weft.parallel.pipeline.table import Schedule, traffic
 
-SINGLE, INTEGER, FLAG = 4, 8, 1  # bytes of a float32, a token's number, a truth value
+SINGLE, INTEGER, FLAG, HASH = 4, 8, 1, 4  # bytes of a float32, a token's number, a truth value, an int32
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class StageBytes:
     Attributes:
         kept: from its forward to its backward.
         logits: of `kept`, what belongs to the loss.
-        forward, backward: for a moment, on top of all that is kept.
+        forward, backward, input_backward: for a moment, on top of all that is kept.
     """
 
     kept: float
     logits: float
     forward: float
     backward: float
+    input_backward: float
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,10 @@ class Step:
     @property
     def moment_of_block(self) -> float:
         """At the worst of a block's backward, with what is computed again for it."""
-        again = self.block - self.hidden if self.layout.recompute == "full" else 0.0
-        core = self.scores if self.layout.recompute == "selective" else 0.0
-        return again + self.hidden + max(self._moment_of_mlp, core + self._moment_of_attention)
+        if self.layout.recompute != "full":
+            return self.hidden + max(self._moment_of_mlp, self._moment_of_attention)
+        again = self.block - self.hidden + max(self._moment_of_mlp, self._moment_of_attention)
+        return self.hidden + max(again, self.norm + self.attention + self._drawing)
 
     @property
     def _moment_of_mlp(self) -> float:
@@ -136,10 +139,26 @@ class Step:
 
     @property
     def _moment_of_attention(self) -> float:
-        """Gradients of the scores where they are kept; what the MLP and its norm have kept is gone by then."""
+        """One gradient of the scores where they are kept; what the MLP and its norm have kept is gone by then."""
         rows = self.tokens * self.shape.heads / self.layout.tensor
-        gradients = 3 * rows * self.job.sequence * self.recipe.activation if self.shape.dropout else 0.0
-        return gradients - self.mlp - self.norm
+        gradient = rows * self.job.sequence * self.recipe.activation * self.shape.dropout
+        if self.layout.recompute == "selective":
+            gradient = max(self.scores + gradient, self._drawing)
+        return gradient - self.mlp - self.norm
+
+    @property
+    def _drawing(self) -> float:
+        """While a mask is drawn for scores that are computed again.
+
+        Scores, queries, keys and their result's gradient, and of int32 the place of each score in a sequence and three
+        tensors of the hash.
+        """
+        if not self.shape.dropout:
+            return 0.0
+        places = self.job.sequence**2 * self.shape.heads / self.layout.tensor
+        each = self.recipe.activation + 3 * HASH
+        query = self.tokens * self.shape.query_features / self.layout.tensor * self.recipe.activation
+        return places * (HASH + self.layout.micro_batch / self.layout.context * each) + 3 * query
 
 
 def ledger_of_rank(
@@ -150,16 +169,16 @@ def ledger_of_rank(
     stages = schedule.stages_of(rank)
     parameters = rank_parameters(shape, layout, stages).total
     replicas = layout.data * layout.context
-    kept, logits, moment = _peak(schedule.programs[rank], {stage: stage_bytes(step, stage) for stage in stages})
-    neighbours = (rank > 0) + (rank < layout.pipeline - 1)
-    messages = (1 + neighbours) * step.hidden if neighbours else 0.0  # one arriving from each, one not yet taken
+    messages = [count * step.hidden for count in messages_of(schedule, rank)]
+    sizes = {stage: stage_bytes(step, stage) for stage in stages}
+    kept, logits, moment = _peak(schedule.programs[rank], messages, sizes)
     return Memory(
         parameters=parameters * recipe.parameter / (replicas if layout.zero >= 3 else 1),
         gradients=parameters * recipe.gradient / (replicas if layout.zero >= 2 else 1),
         optimizer=parameters * recipe.optimizer / (replicas if layout.zero >= 1 else 1),
         activations=kept - logits,
         logits=logits,
-        buffers=moment + messages,
+        buffers=moment,
         workspace=recipe.workspace,
     )
 
@@ -174,6 +193,7 @@ def stage_bytes(step: Step, stage: int) -> StageBytes:
     if stage == 0:
         kept += step.hidden * shape.dropout + (step.tokens * (INTEGER + FLAG) if layout.tensor > 1 else 0.0)
     backward = step.moment_of_block if layers else 0.0
+    input_backward = backward + step.intermediate if layers else 0.0  # what the weights' gradients need stays
     forward = 3 * step.intermediate + step.whole_hidden if layout.recompute == "full" and layers else step.hidden
     logits = 0.0
     if stage == layout.stages - 1:
@@ -183,22 +203,42 @@ def stage_bytes(step: Step, stage: int) -> StageBytes:
         table = step.vocabulary * shape.hidden * step.recipe.gradient
         head = max(step.probabilities, table + gathered)
         forward = max(forward, step.tokens * step.vocabulary * step.recipe.activation + gathered)
-        backward = max(head, backward - logits - step.norm)
-    return StageBytes(kept + logits, logits, forward, backward)
+        backward, input_backward = (max(head, size - logits - step.norm) for size in (backward, input_backward))
+    return StageBytes(kept + logits, logits, forward, backward, input_backward)
 
 
-def _peak(program: Sequence[tuple[str, int, int]], stages: Mapping[int, StageBytes]) -> tuple[float, float, float]:
+def messages_of(schedule: Schedule, rank: int) -> list[int]:
+    """How many messages there are while each action of a rank computes.
+
+    Receives that are posted, and what it has sent and does not know to be taken. What it has itself taken is counted
+    elsewhere: an activation as the input of a block, a gradient as that of the stage's last block.
+    """
+    plan = plan_rank(schedule, rank, traffic(schedule))
+    waiting = sum(count for _, count in plan.first)
+    sent = 0
+    counts = []
+    for planned in plan.actions:
+        waiting += sum(count for _, count in planned.post) - sum(source is not None for _, source in planned.takes)
+        sent -= sum(count for _, count in planned.release)
+        counts.append(waiting + sent)
+        sent += len(planned.destinations)
+    return counts
+
+
+def _peak(
+    program: Sequence[tuple[str, int, int]], messages: Sequence[float], stages: Mapping[int, StageBytes]
+) -> tuple[float, float, float]:
     """At the worst moment of a program: what is kept, of that what belongs to losses, and what is there for the moment.
 
     A forward keeps its stage's bytes; its B or I gives back those of the loss, its B or W the others.
     """
     held = logits = 0.0
     worst = (0.0, 0.0, 0.0)
-    for kind, index, _ in program:
+    for (kind, index, _), moment in zip(program, messages, strict=True):
         stage = stages[index]
         if kind == "F":
             held, logits = held + stage.kept, logits + stage.logits
-        moment = stage.forward if kind == "F" else stage.backward if kind in "BI" else 0.0
+        moment += {"F": stage.forward, "B": stage.backward, "I": stage.input_backward}.get(kind, 0.0)
         if held + moment > worst[0] + worst[2]:
             worst = (held, logits, moment)
         if kind in "BI":
