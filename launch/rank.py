@@ -4,6 +4,7 @@ Calls `function(CONFIG, [KEY=VALUE, …])`. A failure goes into the rank's log a
 terminal, where the launcher says once which rank failed first and why.
 """
 
+import atexit
 import gc
 import os
 import signal
@@ -71,6 +72,7 @@ def _watch(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    status = main(*sys.argv[1:])
-    gc.freeze()  # else the interpreter searches all of torch for garbage before it ends, half a second per rank
-    sys.exit(status)
+    # Else the interpreter searches all of torch for garbage before it ends, half a second per rank. Registered first,
+    # it runs last: what is frozen is not let go of, and a process group that is held may abort the rank (mesh.py).
+    atexit.register(gc.freeze)
+    sys.exit(main(*sys.argv[1:]))
