@@ -5,7 +5,6 @@ terminal, where the launcher says once which rank failed first and why.
 """
 
 import atexit
-import gc
 import os
 import signal
 import sys
@@ -71,8 +70,17 @@ def _watch(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _leave(status: list[int]) -> None:
+    """End the process without the interpreter's own end.
+
+    That takes half a second, for garbage in all of torch, and a thread of gloo that runs meanwhile aborts the rank.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status[0] if status else 1)
+
+
 if __name__ == "__main__":
-    # Else the interpreter searches all of torch for garbage before it ends, half a second per rank. Registered first,
-    # it runs last: what is frozen is not let go of, and a process group that is held may abort the rank (mesh.py).
-    atexit.register(gc.freeze)
-    sys.exit(main(*sys.argv[1:]))
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # registered first, it runs last
+    ended.append(main(*sys.argv[1:]))
