@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+INHERITED = ("PATH", "HOME", "PYTHONPATH", "LANG", "TMPDIR")  # what other tests set for their ranks is not a node's
+
 
 class NotPermittedError(Exception):
     """This machine lets nobody make network namespaces."""
@@ -32,7 +34,7 @@ class Network:
                 cwd=folder,
                 stdout=file,
                 stderr=file,
-                env=os.environ | environment,
+                env={name: os.environ[name] for name in INHERITED if name in os.environ} | dict(environment),
                 start_new_session=True,
             )
 
