@@ -4,7 +4,21 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
-class Memory:
+class Breakdown:
+    """An amount by kind: each field of a subclass is one kind."""
+
+    @property
+    def total(self) -> float:
+        return float(sum(self.parts.values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The amounts by kind, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Memory(Breakdown):
     """Bytes that a rank holds at its worst moment.
 
     Attributes:
@@ -23,18 +37,9 @@ class Memory:
     buffers: float = 0.0
     workspace: float = 0.0
 
-    @property
-    def total(self) -> float:
-        return float(sum(self.parts.values()))
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """The bytes by kind, in the order of the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Breakdown):
     """Seconds of one optimiser step on the rank that takes longest.
 
     Attributes:
@@ -57,12 +62,3 @@ class StepTime:
     data: float = 0.0
     optimizer: float = 0.0
     overhead: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return float(sum(self.parts.values()))
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """The seconds by kind, in the order of the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
