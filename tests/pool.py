@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 START_LIMIT = 120.0  # seconds for workers to import torch, on a busy machine
 CONNECT_LIMIT, CONNECT_ATTEMPTS = 20.0, 3  # seconds for workers to form a group, and how often they try
 GRACE = 5.0  # seconds for the other ranks to end after one failed
-DUMP_WAIT = 0.5  # seconds for a hanging worker to write its stack
+DUMP_WAIT = 5.0  # seconds for a hanging worker to write its stack
 
 
 class RankError(Exception):
@@ -183,9 +183,10 @@ class _Worker:
         """Where the worker is now."""
         if self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + DUMP_WAIT
-        while not (text := self.stack_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        deadline, text, before = time.monotonic() + DUMP_WAIT, "", ""
+        while (not text or text != before) and time.monotonic() < deadline:  # it is written frame by frame
+            time.sleep(0.05)
+            before, text = text, self.stack_file.read_text()
         return text or "no Python code answered"
 
 

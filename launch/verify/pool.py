@@ -27,6 +27,7 @@ from weft.launch.errors import RunError
 from weft.launch.failures import RankFailure
 
 START_SECONDS = 300.0  # for processes to import torch on a busy machine
+CONNECT_SECONDS, CONNECT_ATTEMPTS = 20.0, 3  # for processes to form a group, and how often they try
 GRACE_SECONDS = 5.0  # for the other ranks to notice that one has failed
 
 
@@ -73,14 +74,11 @@ class Pool:
         Raises:
             CallError: a rank raised an exception or died.
             CallTimeoutError: some did not answer within the time limit; they are replaced.
+            RunError: the processes did not start, or formed no group.
         """
-        self._fill()
-        workers = self._workers[:ranks]
+        workers = self._connect(ranks)
         for worker in workers:
-            worker.wait_until_ready()
-        self._calls += 1
-        for rank, worker in enumerate(workers):
-            worker.send((rank, ranks, f"call{self._calls}", self.timeout, method, arguments))
+            worker.send((method, arguments))
         try:
             return self._collect(workers)
         finally:
@@ -91,6 +89,25 @@ class Pool:
         self._lessons.append((method, arguments))
         for worker in self._workers:
             worker.learn(method, arguments)
+
+    def _connect(self, ranks: int) -> "list[_Worker]":
+        """The workers that are the ranks of a new process group.
+
+        On a crowded machine gloo's connections now and then fail or hang; then fresh processes try again.
+        """
+        for _ in range(CONNECT_ATTEMPTS):
+            self._fill()
+            workers = self._workers[:ranks]
+            for worker in workers:
+                worker.wait_until_ready()
+            self._calls += 1
+            for rank, worker in enumerate(workers):
+                worker.send((rank, ranks, f"call{self._calls}", self.timeout))
+            deadline = time.monotonic() + CONNECT_SECONDS
+            if all([worker.answers(deadline) and worker.receive(0) == "connected" for worker in workers]):
+                return workers
+            self._end(workers)
+        raise RunError(f"{ranks} processes formed no group in {CONNECT_ATTEMPTS} attempts of {CONNECT_SECONDS:g} s")
 
     def _fill(self) -> None:
         new = [_Worker(self._store.port) for _ in range(self.size - len(self._workers))]
@@ -165,8 +182,12 @@ class _Worker:
             self.connection.send_bytes(_ByValue.dumps(job))
 
     def learn(self, method: str, arguments: tuple[Any, ...]) -> None:
-        self.send((0, 0, "", 0.0, method, arguments))
+        self.send((method, arguments))
         self.busy = False  # a lesson has no answer
+
+    def answers(self, deadline: float) -> bool:
+        """Wait for the process's answer, or its end, until the deadline."""
+        return bool(self.connection.poll(max(0.0, deadline - time.monotonic())))
 
     def receive(self, rank: int) -> Any:
         """A one-tuple of the method's result, or how the rank failed."""
@@ -198,26 +219,34 @@ def _serve(connection: Connection, port: int) -> None:
     held: Any = None
     store = TCPStore("127.0.0.1", port, is_master=False)
     while True:
-        rank, ranks, name, timeout, method, arguments = connection.recv()
-        if not ranks:
-            if method:
-                getattr(held, method)(*arguments)
-            else:
-                held = arguments[0]()
-            continue
-        group = {"store": PrefixStore(name, store), "rank": rank, "world_size": ranks}
-        answer = _answer(held, method, arguments, group | {"timeout": timedelta(seconds=timeout)})
-        connection.send_bytes(_ByValue.dumps(answer))
-        _destroy_groups()
+        match connection.recv():
+            case "", (make,):
+                held = make()
+            case str(lesson), arguments:
+                getattr(held, lesson)(*arguments)
+            case rank, ranks, name, timeout:
+                group = {"store": PrefixStore(name, store), "rank": rank, "world_size": ranks}
+                connection.send(_form_group(group | {"timeout": timedelta(seconds=timeout)}))
+                connection.send_bytes(_ByValue.dumps(_answer(held, rank, *connection.recv())))
+                _destroy_groups()
 
 
-def _answer(held: Any, method: str, arguments: tuple[Any, ...], group: dict[str, Any]) -> Any:
+def _form_group(group: dict[str, Any]) -> str:
+    """Form the default group; a rank that ended its call at once would break connections that others still make."""
     try:
         dist.init_process_group("gloo", **group)
+        dist.barrier()
+    except RuntimeError:
+        return "not connected"
+    return "connected"
+
+
+def _answer(held: Any, rank: int, method: str, arguments: tuple[Any, ...]) -> Any:
+    try:
         return (getattr(held, method)(*arguments),)
     except Exception as error:
         words = " ".join(str(error).split())
-        return RankFailure(group["rank"], 1, type(error).__name__, words, traceback.format_exc(), time.time())
+        return RankFailure(rank, 1, type(error).__name__, words, traceback.format_exc(), time.time())
 
 
 def _destroy_groups() -> None:

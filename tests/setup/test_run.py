@@ -154,7 +154,7 @@ class TestCommands:
     def test_failed_check_is_reported_after_the_tests(self, machine: Machine) -> None:
         result = machine.run("test", answer='case "$2" in mypy) exit 4 ;; pytest) exit 5 ;; esac')
         assert result.returncode == 4
-        assert machine.calls()[-1] == "python -m pytest"
+        assert machine.calls()[-1] == "python -m pytest --reruns 2 -rR"
         assert sentences(result) == ["run: failed: mypy pytest"]
 
     def test_tests_have_one_thread_per_process(self, machine: Machine) -> None:
@@ -354,4 +354,4 @@ def test_continuous_integration_calls_run_test(machine: Machine) -> None:
     command: Sequence[Path] = [machine.clone / ".ci/run"]
     environment = {"PATH": str(machine.folder / "bin"), "CI": "true"}
     subprocess.run(command, cwd="/", env=environment, stdin=subprocess.DEVNULL, check=True, timeout=60)
-    assert machine.calls()[-1] == "python -m pytest"
+    assert machine.calls()[-1] == "python -m pytest --reruns 2 -rR"
