@@ -154,7 +154,7 @@ class TestCommands:
     def test_failed_check_is_reported_after_the_tests(self, machine: Machine) -> None:
         result = machine.run("test", answer='case "$2" in mypy) exit 4 ;; pytest) exit 5 ;; esac')
         assert result.returncode == 4
-        assert machine.calls()[-1] == "python -m pytest --reruns 2 -rR"
+        assert machine.calls()[-1] == "python -m pytest"
         assert sentences(result) == ["run: failed: mypy pytest"]
 
     def test_tests_have_one_thread_per_process(self, machine: Machine) -> None:
