@@ -79,7 +79,9 @@ def check_layout(settings: Settings, world_size: int) -> None:
     model = _model_config(settings)
     _check_tensor(settings, model)
     _check_sequence(settings, model)
-    _check_split(settings, model, _stages(settings, count))
+    stages = _stages(settings, count)
+    _check_split(settings, model, stages)
+    _check_one_stage(settings, stages)
 
 
 def zero_engine(parallel: ParallelSettings) -> Literal["none", "deepspeed", "fsdp2"]:
@@ -88,11 +90,17 @@ def zero_engine(parallel: ParallelSettings) -> Literal["none", "deepspeed", "fsd
     Raises:
         UserError: the engine that is asked for does not have the ZeRO stage, or not in this layout.
     """
-    if parallel.offload == "optimizer" and parallel.zero not in (1, 2):
+    engine = _engine_that_fits(parallel)
+    if parallel.offload == "optimizer" and engine != "deepspeed":
         raise UserError(
-            f"parallel.offload is optimizer, which DeepSpeed does with parallel.zero 1 and 2, not {parallel.zero}; "
-            "choose one of these, or parallel.offload=none."
+            f"parallel.offload is optimizer, which DeepSpeed does, but parallel.zero is {parallel.zero} and "
+            f"parallel.zero_engine {parallel.zero_engine}; choose parallel.zero=1 with parallel.zero_engine=auto, or "
+            "parallel.offload=none."
         )
+    return engine
+
+
+def _engine_that_fits(parallel: ParallelSettings) -> Literal["none", "deepspeed", "fsdp2"]:
     if not parallel.zero:
         return "none"
     if parallel.zero < 3:
@@ -102,12 +110,9 @@ def zero_engine(parallel: ParallelSettings) -> Literal["none", "deepspeed", "fsd
                 f"{parallel.zero} choose deepspeed or auto."
             )
         return "deepspeed"
-    if parallel.zero_engine == "deepspeed":
-        raise UserError(
-            "parallel.zero is 3 with parallel.zero_engine deepspeed; weights are divided by fsdp2 here, under "
-            "every pipeline; choose parallel.zero_engine=fsdp2 or auto, or parallel.zero=2."
-        )
-    return "fsdp2"
+    if parallel.zero_engine == "auto":
+        return "deepspeed" if parallel.offload == "optimizer" else "fsdp2"
+    return parallel.zero_engine
 
 
 def _check_available(settings: Settings) -> None:
@@ -181,6 +186,16 @@ def _check_split(settings: Settings, model: "ModelConfig", stages: int) -> None:
         split_layers(model, stages, None if parallel.split == "auto" else parallel.split)
     except ValueError as error:
         raise UserError(f"parallel.pipeline is {parallel.pipeline}: {error}.") from None
+
+
+def _check_one_stage(settings: Settings, stages: int) -> None:
+    parallel = settings.parallel
+    if parallel.zero == 3 and zero_engine(parallel) == "deepspeed" and stages > 1:
+        raise UserError(
+            f"parallel.zero is 3 by DeepSpeed, under which stages would wait for each other for ever, but "
+            f"parallel.pipeline {parallel.pipeline} with schedule {parallel.schedule} has {stages} stages; choose "
+            "parallel.zero_engine=fsdp2 with parallel.offload=none, or parallel.zero=2."
+        )
 
 
 def _stages(settings: Settings, count: int) -> int:

@@ -170,7 +170,7 @@ def _check_deepspeed(settings: Settings) -> None:
     if zero_engine(settings.parallel) == "deepspeed" and find_spec("deepspeed") is None:
         raise UserError(
             f"parallel.zero is {settings.parallel.zero}, which needs DeepSpeed; install weft with the extra deepspeed "
-            "(pip install 'weft[deepspeed]'), or choose parallel.zero=0 or 3."
+            "(pip install 'weft[deepspeed]'), or choose parallel.zero=0, or 3 with parallel.zero_engine=fsdp2."
         )
 
 

@@ -72,5 +72,5 @@ class EngineState:
         if not self._replicas.split_over:
             whole = tensor.shape != piece.weight.shape  # Adafactor's, for which no matrix is split
             return Entry(name, tensor, None if whole else piece.sharding, piece.copied)
-        part = FlatPart(tuple(piece.parameter.shape), piece.start)
+        part = FlatPart(self._replicas.shape(piece), piece.start)
         return Entry(name, tensor.flatten(), piece.sharding, piece.copied, part)

@@ -46,7 +46,7 @@ class ParallelSettings(Section):
     )
     zero_engine: Literal["auto", "deepspeed", "fsdp2"] = Field(
         default="auto",
-        description="who divides: DeepSpeed, or torch's FSDP2; auto is deepspeed for 1 and 2, fsdp2 for 3",
+        description="who divides: DeepSpeed, or torch's FSDP2; auto is deepspeed for 1, 2 and with offload, else fsdp2",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="activations computed again in the backward pass instead of kept"
@@ -58,7 +58,7 @@ class ParallelSettings(Section):
         default="all", description="the layers that compute again: all, or some of every few, such as 1 of 2"
     )
     offload: Literal["none", "optimizer"] = Field(
-        default="none", description="what the CPU keeps and computes: optimizer states, with zero 1 or 2"
+        default="none", description="what the CPU keeps and computes: optimizer states, with zero 1, 2 or 3"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.launch.layout import zero_engine
 from weft.launch.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from weft.launch.sections import Settings
 from weft.model.decoder import Block
@@ -132,18 +133,20 @@ def build_replicas(stages: Sequence[PipelineStage], settings: Settings, mesh: De
 
     if not parallel.zero:
         return PlainReplicas(stages, groups, make, mesh["data"])
-    if parallel.zero == 3:
+    engine = zero_engine(parallel)
+    offload = parallel.offload == "optimizer"
+    blocks = [[part for part in stage.module.modules() if isinstance(part, Block)] for stage in stages]
+    if engine == "fsdp2":
         from weft.parallel.data.zero_fsdp import FullyShardedReplicas
 
-        blocks = [[part for part in stage.module.modules() if isinstance(part, Block)] for stage in stages]
         return FullyShardedReplicas(stages, blocks, groups, make, mesh["data"])
+    if parallel.zero == 3:
+        from weft.parallel.data.zero_deepspeed_weights import DeepSpeedShardedReplicas
+
+        (stage,) = stages
+        return DeepSpeedShardedReplicas(stage, blocks[0], groups, make, mesh["data"], offload=offload)
     from weft.parallel.data.zero_deepspeed import DeepSpeedReplicas
 
     return DeepSpeedReplicas(
-        stages,
-        groups,
-        make,
-        mesh["data"],
-        partition_gradients=parallel.zero == 2,
-        offload=parallel.offload == "optimizer",
+        stages, groups, make, mesh["data"], partition_gradients=parallel.zero == 2, offload=offload
     )

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tests.plain.train import PlainRun, build_plain, train_plain
 from tests.pool import Pool
@@ -70,6 +68,7 @@ class Case:
     recompute_modules: tuple[str, ...] = ("core",)
     recompute_layers: str = "all"
     zero: int = 0
+    zero_engine: str = "auto"
     offload: str = "none"
     optimizer: str = "adamw"
 
@@ -105,6 +104,7 @@ class Case:
                     "recompute_modules": self.recompute_modules,
                     "recompute_layers": self.recompute_layers,
                     "zero": self.zero,
+                    "zero_engine": self.zero_engine,
                     "offload": self.offload,
                 },
                 "batch": {
@@ -164,23 +164,15 @@ def run_layouts(cases: list[Case]) -> list[Outcome]:
 
 def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """The full parameters of this rank's stages; a tied head goes by the embedding's name."""
-    return {
-        "embed_tokens.weight" if engine.config.tie_word_embeddings and name == "lm_head.weight" else name: full
-        for module in engine.modules
-        for name, parameter, sharding in sharded_parameters(module)
-        if (full := gather_full(whole(parameter), sharding)) is not None
-    }
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """This tensor rank's part of a parameter, from all data ranks where FSDP has divided its rows."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    # DTensor's own way looks up groups by mesh, and so finds those of earlier runs on the same worker.
-    group = parameter.device_mesh.get_group()
-    rows: list[Any] = [None] * group.size()
-    dist.all_gather_object(rows, parameter.to_local().detach(), group=group)
-    return torch.cat(rows)
+    result = {}
+    for module in engine.modules:
+        held = engine.updates.replicas.whole_weights(module)  # from all data ranks, where they are divided
+        for name, _, sharding in sharded_parameters(module):
+            full = gather_full(held[name], sharding)
+            if full is not None:
+                tied = engine.config.tie_word_embeddings and name == "lm_head.weight"
+                result["embed_tokens.weight" if tied else name] = full.clone()
+    return result
 
 
 @cache

@@ -33,6 +33,7 @@ from weft.parallel.data.loss_scale import dynamic_loss_scale
 SINGLE = Case(Layout(data=2), dtype="float32")
 SPLIT = replace(SINGLE, layout=Layout(2, 2, 1), sequence_parallel=True, kv_heads=1)
 STAGED = replace(SINGLE, layout=Layout(2, 1, 2))
+SHARDED = {"zero": 3, "zero_engine": "deepspeed"}  # torch's FSDP2 is the other
 LOOPED = {"schedule": "interleaved", "stages_per_rank": 2}
 CUBE = replace(SPLIT, layout=Layout(2, 2, 2), tied=True)
 
@@ -43,16 +44,19 @@ CASES = {
         replace(SINGLE, zero=2, tied=True, family="gpt2", offload="optimizer"),
         replace(SINGLE, zero=3, recompute="full"),
         replace(SINGLE, zero=3, tied=True, family="gpt2", microbatches=1),
+        replace(SINGLE, **SHARDED, schedule="gpipe", recompute="full", offload="optimizer"),
         replace(SINGLE, optimizer="adafactor", tied=True),
     ],
     "three data ranks, over which nothing divides": [
         replace(SINGLE, layout=Layout(data=3), zero=zero, family=family, kv_heads=12)
         for zero, family in [(1, "llama"), (2, "gpt2"), (3, "llama")]
-    ],
+    ]
+    + [replace(SINGLE, layout=Layout(data=3), **SHARDED, tied=True, kv_heads=12)],
     "data and tensor": [
         replace(SPLIT, zero=1, tied=True, recompute="full"),
         replace(SPLIT, zero=2, recompute="selective"),
         replace(SPLIT, zero=3, tied=True, kv_heads=2),
+        replace(SPLIT, **SHARDED, recompute="selective", recompute_modules=("mlp",), family="gpt2", kv_heads=12),
     ],
     "data and pipeline": [
         replace(STAGED, zero=1, tied=True, offload="optimizer"),
@@ -115,6 +119,7 @@ def test_bfloat16_differs_by_no_more_than_the_order_of_sums(pool: Pool) -> None:
         replace(STAGED, zero=1),
         replace(SPLIT, zero=2, kv_heads=12),
         replace(STAGED, zero=3, schedule="interleaved", stages_per_rank=2),
+        replace(SINGLE, **SHARDED),
     ]:
         weights = weights_of(pool, replace(case, dtype="bfloat16"))
         closest = min(distance(weights, order) for order in orders)
@@ -153,9 +158,13 @@ def overflow_once(case: Case) -> tuple[list[bool], list[bool], float]:
     return skipped, changed, engine.updates.loss_scale.scale
 
 
-@pytest.mark.parametrize("zero", range(4))
-def test_infinity_on_one_rank_makes_all_ranks_leave_out_the_step(pool: Pool, zero: int) -> None:
-    case = replace(STAGED if zero % 2 else SPLIT, zero=zero, tied=True)
+@pytest.mark.parametrize(
+    "case",
+    [*(replace(STAGED if zero % 2 else SPLIT, zero=zero) for zero in range(4)), replace(SPLIT, **SHARDED)],
+    ids=lambda case: f"zero {case.zero} {case.zero_engine}",
+)
+def test_infinity_on_one_rank_makes_all_ranks_leave_out_the_step(pool: Pool, case: Case) -> None:
+    case = replace(case, tied=True)
     for skipped, changed, _ in pool.run(4, overflow_once, case):
         assert skipped == [False, True, False]
         assert changed == [True, False, True]
@@ -193,8 +202,10 @@ SAVED_AFTER = 2
         (replace(STAGED, zero=2), replace(SPLIT, zero=3, kv_heads=12)),
         (replace(SPLIT, zero=3, kv_heads=12), replace(SINGLE, zero=0)),
         (replace(SINGLE, zero=0), replace(SINGLE, zero=1, layout=Layout(data=3))),
+        (replace(STAGED, zero=3), replace(SINGLE, **SHARDED, offload="optimizer")),
+        (replace(SPLIT, **SHARDED, kv_heads=12), replace(STAGED, zero=1)),
     ],
-    ids=lambda case: f"zero {case.zero}, {case.layout}",
+    ids=lambda case: f"zero {case.zero} {case.zero_engine}, {case.layout}",
 )
 def test_a_run_goes_on_in_any_division(pool: Pool, tmp_path: Path, before: Case, after: Case) -> None:
     """Saved under one ZeRO stage and layout, resumed under another; the end is the plain model's."""

@@ -93,6 +93,10 @@ class Replicas(ABC):
     def refresh(self) -> None:
         """Give the parameters of all replicas the values of the pieces, after these were changed."""
 
+    def shape(self, piece: Piece) -> tuple[int, ...]:
+        """The shape of the parameter that the piece is a part of, not divided over the data axis."""
+        return tuple(piece.parameter.shape)
+
     @abstractmethod
     def states(self, piece: Piece) -> dict[str, Tensor]:
         """The optimiser's states of the piece by their names; none before a step.

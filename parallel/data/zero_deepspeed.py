@@ -4,7 +4,8 @@ DeepSpeed's ZeRO optimiser flattens the parameters of each group and gives every
 and to update. It is driven here without DeepSpeed's engine, whose pipelines know one schedule: the parallel executor
 runs the model, and this file hands over gradients. Norm, clipping and loss scaling are the same as without ZeRO.
 
-Everything of weft that imports DeepSpeed is in this file. Importing it takes 0.2 s.
+Everything of weft that imports DeepSpeed is in this file and, for ZeRO 3, in `zero_deepspeed_weights.py`, which takes
+the settings of the import from here. Importing it takes 0.2 s.
 """
 
 import logging
@@ -20,7 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 # Otherwise DeepSpeed looks for every kind of device it knows, and says on stderr what it found.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+warnings.filterwarnings(
+    "ignore", "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
+)
 
 try:
     import deepspeed
@@ -28,7 +31,7 @@ try:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils.timer import NoopTimer
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"ZeRO 1 and 2 need DeepSpeed ({error}); pip install 'weft[deepspeed]'") from None
+    raise ModuleNotFoundError(f"DeepSpeed is missing ({error}); pip install 'weft[deepspeed]'") from None
 
 from weft.parallel.data.buckets import BUCKET_BYTES  # noqa: E402
 from weft.parallel.data.replicas import (  # noqa: E402
@@ -70,7 +73,7 @@ class DeepSpeedReplicas(Replicas):
         partition_gradients: bool,
         offload: bool = False,
     ) -> None:
-        _begin_communication(mesh)
+        begin_communication(mesh)
         named = named_parameters(stages)
         groups = list(_with_shared_apart(groups, [found.parameter for found in named if found.shared]))
         for found in named:
@@ -159,7 +162,7 @@ class _Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             reduce_bucket_size=bucket,
             allgather_bucket_size=bucket,
             dp_process_group=mesh.get_group(),
-            offload_optimizer_config=_offload_config(mesh) if offload else None,
+            offload_optimizer_config=offload_config(mesh) if offload else None,
             # Norm, clipping and the search for overflow are weft's: DeepSpeed's take key-value heads that tensor ranks
             # share for different ones, and wait forever where stages have unequal numbers of groups.
             mpu=None,
@@ -243,11 +246,11 @@ class _Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         return start, place, min(parameter.numel() - start, int(self.partition_size[group]) - place)
 
 
-def _offload_config(mesh: DeviceMesh) -> Any:
+def offload_config(mesh: DeviceMesh) -> Any:
     return DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=mesh.device_type == "cuda")
 
 
-def _begin_communication(mesh: DeviceMesh) -> None:
+def begin_communication(mesh: DeviceMesh) -> None:
     """Let DeepSpeed use the process groups that exist."""
     # On CPUs DeepSpeed would compile a library for shared memory here: up to 86 s, a crash without g++ and ninja, and
     # after an interruption a lock that the next run waits for.

@@ -77,7 +77,10 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"parallel": {"schedule": "gpipe", "stages_per_rank": 2}}, 1, ["gpipe", "one stage per rank, not 2"]),
         ({"parallel": {"context": 2}}, 2, ["parallel.context is 2; this version supports 1"]),
         ({"parallel": {"zero": 1, "zero_engine": "fsdp2"}}, 1, ["zero_engine is fsdp2", "zero=3", "deepspeed or auto"]),
-        ({"parallel": {"zero": 3, "zero_engine": "deepspeed", "pipeline": 2}}, 2, ["zero is 3", "fsdp2 or auto"]),
+        ({"parallel": {"zero": 3, "zero_engine": "deepspeed", "pipeline": 2}}, 2, ["zero is 3", "fsdp2", "zero=2"]),
+        ({"parallel": {"zero": 3, "offload": "optimizer", "schedule": "zb-v", "stages_per_rank": 2}}, 1, ["2 stages"]),
+        ({"parallel": {"offload": "optimizer"}}, 1, ["parallel.zero is 0", "zero=1", "offload=none"]),
+        ({"parallel": {"offload": "optimizer", "zero": 3, "zero_engine": "fsdp2"}}, 1, ["engine fsdp2", "=auto"]),
         ({"parallel": {"tensor": 2}, "train": {"optimizer": {"name": "adafactor"}}}, 2, ["adafactor", "adamw or sgd"]),
     ],
 )
