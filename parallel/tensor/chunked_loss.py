@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,6 +17,7 @@ from weft.parallel.collectives import all_gather, copy
 from weft.parallel.deferred import gradient_dtype
 from weft.parallel.tensor.loss import check_loss, logit_gradient, token_losses
 from weft.parallel.tensor.matmul import SEQUENCE_DIM, in_autocast_precision, outer_product
+from weft.parallel.tensor.product import add_product, product
 from weft.parallel.tensor.range import check_range
 
 
@@ -90,7 +90,7 @@ class _Loss:
     chunk: int
 
     def of(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Any]:
-        logits = F.linear(x, weight, bias)
+        logits = product(x, weight, bias)
         logits[:, self.held :] = -torch.inf
         return token_losses(logits, targets, self.mesh, self.ignore_index, self.label_smoothing, overwrite=True)
 
@@ -115,12 +115,12 @@ class _Gradients:
             self.bias += gradient.sum(0)
         gradient = gradient.to(x.dtype)
         if self.x is not None:
-            torch.mm(gradient, self.weight_factor, out=self.x[self.done : self.done + len(x)])
+            self.x[self.done : self.done + len(x)] = product(gradient, self.weight_factor.t())
         self.done += len(x)
         if self.weight is None:
             return
         if self.weight.dtype == x.dtype:
-            self.weight.addmm_(gradient.t(), x)
+            add_product(self.weight, gradient.t(), x.t())
         else:
             self.weight += outer_product(gradient, x, self.weight.dtype)
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.deferred import WeightGradientQueue, accumulate_gradient, gradient_dtype
 from weft.parallel.exchange import start_all_gather, start_all_reduce, start_reduce_scatter
+from weft.parallel.tensor.product import add_product, is_by_onednn, product
 
 SEQUENCE_DIM = -2
 
@@ -40,8 +40,8 @@ def column_matmul(
     Communication: forward none (all-gather); backward all-reduce (all-gather and reduce-scatter).
     """
     communicates = mesh.size() > 1 and reduce_input_gradient
-    if not communicates and queue is None:
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    if not communicates and queue is None and not any(is_by_onednn(x, weight) for weight in weights):
+        return tuple(product(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     x, *weights = in_autocast_precision(x, *weights)
     group, gather = (mesh, sequence_parallel) if communicates else (None, False)
     results = _ColumnMatmul.apply(x, group, gather, queue, len(weights), *weights, *biases)
@@ -62,8 +62,8 @@ def row_matmul(
     (`[…, sequence / tensor, out]` under sequence parallelism).
     Communication: forward all-reduce (reduce-scatter); backward none (all-gather).
     """
-    if mesh.size() == 1 and queue is None:
-        return F.linear(x, weight)
+    if mesh.size() == 1 and queue is None and not is_by_onednn(x, weight):
+        return product(x, weight)
     x, weight = in_autocast_precision(x, weight)
     result: Tensor = _RowMatmul.apply(x, weight, mesh, sequence_parallel and mesh.size() > 1, queue)
     return result
@@ -94,7 +94,7 @@ class _ColumnMatmul(torch.autograd.Function):
         # saved tensors come back as aliases under recompute; the queue accumulates into the parameters themselves
         ctx.parameters = weights
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        return tuple(product(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
@@ -124,7 +124,7 @@ class _RowMatmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.mesh, ctx.scatter, ctx.queue, ctx.parameter = mesh, scatter, queue, weight
         ctx.save_for_backward(x, weight)
-        part = F.linear(x, weight)
+        part = product(x, weight)
         if scatter:
             return start_reduce_scatter(part, mesh, SEQUENCE_DIM).wait()
         return part if mesh.size() == 1 else start_all_reduce(part, mesh, overwrite=True).wait()
@@ -135,7 +135,7 @@ class _RowMatmul(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if ctx.scatter:
             gradient = start_all_gather(gradient, ctx.mesh, SEQUENCE_DIM).wait()
-        input_gradient = gradient @ weight if ctx.needs_input_grad[0] else None
+        input_gradient = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         weight_gradient = None
         if ctx.needs_input_grad[1]:
             weight_gradient = _weight_gradient(ctx.queue, ctx.parameter, x, gradient)
@@ -144,10 +144,9 @@ class _RowMatmul(torch.autograd.Function):
 
 def _reduce_input_gradient(ctx: Any, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """Start the sum over the ranks of the input's gradient; the result waits for it."""
-    total = gradients[0] @ weights[0]
+    total = product(gradients[0], weights[0].t())
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        # in place into the flat view: one pass over memory less than a product and a sum
-        _rows(total).addmm_(_rows(gradient), weight)
+        add_product(_rows(total), _rows(gradient), weight.t())
     if ctx.mesh is None:
         return lambda: total
     if ctx.gather:
@@ -170,7 +169,7 @@ def outer_product(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     left, right = _rows(gradient).t(), _rows(x)
     if dtype == torch.float32 and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
+    return product(left, right.t()).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
