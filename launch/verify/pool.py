@@ -104,7 +104,7 @@ class Pool:
             for rank, worker in enumerate(workers):
                 worker.send((rank, ranks, f"call{self._calls}", self.timeout))
             deadline = time.monotonic() + CONNECT_SECONDS
-            if all([worker.answers(deadline) and worker.receive(0) == "connected" for worker in workers]):
+            if all(worker.answers(deadline) and worker.receive(0) == "connected" for worker in workers):
                 return workers
             self._end(workers)
         raise RunError(f"{ranks} processes formed no group in {CONNECT_ATTEMPTS} attempts of {CONNECT_SECONDS:g} s")

@@ -16,7 +16,10 @@ ROWS_AT_ONCE = 8192  # of a sum, so that the product beside it stays small
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b`, without autograd where `is_by_onednn`. Shapes: x `[…, in]`, weight `[out, in]`, result `[…, out]`."""
+    """`x W^T + b`; without autograd where `is_by_onednn`.
+
+    Shapes: x `[…, in]`, weight `[out, in]`, result `[…, out]`.
+    """
     if is_by_onednn(x, weight):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
