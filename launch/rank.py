@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -70,17 +70,22 @@ def _watch(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _leave(status: list[int]) -> None:
-    """End the process without the interpreter's own end.
+def run_to_end(run: Callable[[], int]) -> None:
+    """Have the process end with the status that `run` returns, or 1 when it raises, without the interpreter's own end.
 
     That takes half a second, for garbage in all of torch, and a thread of gloo that runs meanwhile aborts the rank.
+    What is registered to be done at the end from now on is done.
     """
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # registered first, it runs last
+    ended.append(run())
+
+
+def _leave(status: list[int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status[0] if status else 1)
 
 
 if __name__ == "__main__":
-    ended: list[int] = []
-    atexit.register(_leave, ended)  # registered first, it runs last
-    ended.append(main(*sys.argv[1:]))
+    run_to_end(lambda: main(*sys.argv[1:]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from torch.distributed import DistError
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousHandler,
@@ -128,13 +129,19 @@ class BoundedRendezvous(RendezvousHandler):
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
-    """The answer, or the error, of something that might never end and is then left behind."""
+    """The answer, or the error, of something that might never end and is then left behind.
+
+    Raises:
+        RendezvousConnectionError: there was no answer in time, or the store could not be reached.
+    """
     answers: list[Answer] = []
     errors: list[Exception] = []
 
     def run() -> None:
         try:
             answers.append(ask())
+        except DistError as error:  # a rendezvous of fixed nodes lets the store's own through
+            errors.append(RendezvousConnectionError(str(error)))
         except Exception as error:
             errors.append(error)
 

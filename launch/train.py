@@ -25,6 +25,7 @@ from weft.launch.layout import model_ranks
 from weft.launch.metrics import MetricsWriter, StepMetrics
 from weft.launch.preflight import check_restarts, check_run
 from weft.launch.progress import Progress
+from weft.launch.rank import run_to_end
 from weft.launch.replan import replan
 from weft.launch.saved_state import EngineState
 from weft.launch.settings import Settings, dump_settings, load_settings, resolved
@@ -195,12 +196,21 @@ class _Watch:
         self.progress.step(metrics)
 
 
-if __name__ == "__main__":
+def start(arguments: Sequence[str]) -> int:
+    """Be the rank that torchrun has started with CONFIG and KEY=VALUE …; returns the exit status.
+
+    Only rank 0 speaks of what is wrong with the settings.
+    """
     try:
-        if len(sys.argv) < 2:
+        if not arguments:
             raise UserError("no settings file is named; write torchrun … -m weft.launch.train CONFIG [KEY=VALUE …].")
-        record(main)(sys.argv[1], sys.argv[2:])
+        record(main)(arguments[0], arguments[1:])
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             show(error)
-        sys.exit(error.exit_status)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    run_to_end(lambda: start(sys.argv[1:]))

@@ -60,7 +60,9 @@ def read_block(reader: PieceReader, manifest: Manifest, name: str, wanted: Box) 
         _copy(reader.read(name, piece), piece.box, block, wanted) for piece in record.pieces if _meet(piece, wanted)
     )
     if filled != wanted.size:
-        raise CheckpointError(f"the pieces of {name} overlap or leave some of it out; choose another checkpoint")
+        raise CheckpointError(
+            f"{reader.directory}: the pieces of {name} overlap or leave some of it out; choose another"
+        )
     return block
 
 

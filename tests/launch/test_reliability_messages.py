@@ -3,7 +3,6 @@
 import errno
 import os
 import pickle
-import re
 import shutil
 import time
 import zlib
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.launch.message_tables import matches, rows
 from tests.launch.test_checkpoints import ONE, build, train
 from tests.parallel.checkpoint.small import SHARD, alone
 from tests.parallel.checkpoint.test_hostile import change
@@ -28,19 +28,10 @@ from weft.parallel import build_mesh
 from weft.parallel.checkpoint import MANIFEST, CheckpointError, Entry, FlatPart, load_checkpoint
 from weft.parallel.checkpoint.verify import problems_of
 
-PAGE = Path(__file__).parents[2] / "docs/reliability.md"
+PAGE = "reliability.md"
 STEP = "step-00000002"
 Saved = tuple[Checkpoints, Path]
 Scenario = Callable[[Checkpoints, Path, pytest.MonkeyPatch], Any]
-
-
-def rows() -> list[str]:
-    table = PAGE.read_text(encoding="utf-8").partition("\n## Messages")[2]
-    return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
-
-
-def matches(row: str, message: str) -> bool:
-    return re.fullmatch(re.escape(row).replace("…", ".+"), message) is not None
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +54,11 @@ def flip(path: Path, at: int) -> None:
 def flip_tensor(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
     flip(path / SHARD, -1)
     checkpoints.resume()
+
+
+def flip_tensor_of_named(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
+    flip(path / SHARD, -1)
+    by_name(checkpoints, path, patch)
 
 
 def flip_manifest(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -140,6 +136,11 @@ def in_file(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> 
     check_directory("checkpoint.directory", str(path / MANIFEST / "x"))
 
 
+def may_not_write(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "access", lambda *_: False)
+    check_directory("checkpoint.directory", str(path / "x"))
+
+
 def full_disk(last: bool) -> Scenario:
     def scenario(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
         def refuse(*args: object) -> None:
@@ -191,6 +192,15 @@ def flipped(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> 
     return list(problems_of(path))
 
 
+def verify_without_shard(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    from weft.launch.checkpoint_command import verify_command
+
+    (path / SHARD).unlink()
+    with pytest.raises(RunError) as caught:
+        verify_command.callback((path,))  # type: ignore[misc]
+    return [str(caught.value), *problems_of(path)]
+
+
 def reshard_onto(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
     reshard(path, path, [])
 
@@ -223,6 +233,7 @@ def settings_file(text: str) -> Scenario:
 
 SCENARIOS: list[Scenario] = [
     flip_tensor,
+    flip_tensor_of_named,
     flip_manifest,
     missing_shard,
     other_format,
@@ -235,6 +246,7 @@ SCENARIOS: list[Scenario] = [
     no_manifest,
     no_such,
     in_file,
+    may_not_write,
     full_disk(last=False),
     full_disk(last=True),
     slow_disk,
@@ -243,6 +255,7 @@ SCENARIOS: list[Scenario] = [
     no_checkpoint,
     shorter,
     flipped,
+    verify_without_shard,
     reshard_onto,
     reshard_stranger,
     reshard_nowhere,
@@ -271,10 +284,10 @@ def messages(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> list[str
     return said
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize("row", rows(PAGE))
 def test_each_message_of_the_page_is_said(messages: list[str], row: str) -> None:
     assert any(matches(row, message) for message in messages), "\n".join(messages)
 
 
 def test_each_message_said_is_on_the_page(messages: list[str]) -> None:
-    assert [message for message in messages if not any(matches(row, message) for row in rows())] == []
+    assert [message for message in messages if not any(matches(row, message) for row in rows(PAGE))] == []
