@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALLEST_FOR_ONEDNN = 2**21  # multiplications; below, preparing oneDNN's call takes longer than it saves
-
 ROWS_AT_ONCE = 8192  # of a sum, so that the product beside it stays small
 
 
