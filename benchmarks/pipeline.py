@@ -12,7 +12,7 @@ that of the rank where it is largest:
     memory      most bytes of tensors that were alive at once in the first two steps, parameters aside
     receives    most received values that waited for their use, and had room made for them, at once
     runs        how often a block runs forward per microbatch
-    simulated   the step over its simulation, from the measured costs of its actions
+    simulated   the step over its simulation, from the measured costs of its actions and of a message
 """
 
 import argparse
@@ -181,8 +181,24 @@ def over_ranks(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def simulated(schedule: Schedule, timeline: Timeline) -> float:
-    """The step as the simulator predicts it from the mean measured cost of each kind of action on each stage."""
+def hop_seconds(shape: tuple[int, ...]) -> float:
+    """How long a stage's output takes to the next rank and to be seen there: half of a median turn."""
+    value, rank, turns = torch.zeros(shape), dist.get_rank(), []
+    for _ in range(30):
+        start = time.perf_counter()
+        for sender in (0, 1):
+            if rank == sender:
+                dist.send(value, 1 - rank)
+            elif rank < 2:
+                dist.recv(value, 1 - rank)
+        turns.append(time.perf_counter() - start)
+    return over_ranks([statistics.median(turns) / 2])[0]
+
+
+def simulated(schedule: Schedule, timeline: Timeline, hop: float) -> float:
+    """The step as the simulator predicts it from the measured costs: the mean of each kind of action on each stage, and
+    of a message.
+    """
     costs = torch.zeros(4, schedule.stages, dtype=torch.float64)
     for row, kind in enumerate("FBIW"):
         for stage in range(schedule.stages):
@@ -191,7 +207,7 @@ def simulated(schedule: Schedule, timeline: Timeline) -> float:
     dist.all_reduce(costs, op=dist.ReduceOp.MAX)
     forward, whole, input_gradient, weight_gradient = costs
     input_gradient = torch.where(input_gradient > 0, input_gradient, whole)
-    made = ScheduleCosts(forward.tolist(), input_gradient.tolist(), weight_gradient.tolist())
+    made = ScheduleCosts(forward.tolist(), input_gradient.tolist(), weight_gradient.tolist(), send=hop)
     return simulate_schedule(schedule, made).makespan
 
 
@@ -236,7 +252,8 @@ def rows_of(name: str, case: Case, steps: int) -> list[str]:
     timeline = ours.timeline
     assert timeline is not None
     step = ours.seconds[-1]
-    predicted = over_ranks([step])[0] / simulated(case.schedule, timeline)
+    hop = hop_seconds((case.rows, *inner_shape(case.block)))
+    predicted = over_ranks([step])[0] / simulated(case.schedule, timeline, hop)
     figures: dict[str, list[Any]] = {
         who: contender.figures(case.schedule.microbatches) for who, contender in (("weft", ours), ("torch", theirs))
     }

@@ -4,11 +4,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from weft.parallel.deferred import WeightGradientQueue, accumulate_gradient
+from weft.parallel.product import add_product, product
 
 
 def defer_linear(layer: nn.Linear, queue: WeightGradientQueue) -> None:
@@ -28,7 +28,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer, ctx.queue = layer, queue
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         layer, queue = ctx.layer, ctx.queue
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        input_gradient = gradient @ weight.to(gradient.dtype) if needs_input else None
+        input_gradient = product(gradient, weight.to(gradient.dtype).t()) if needs_input else None
         if not queue.recording:
             weight_gradient = _weight_gradient(gradient, x, weight.dtype) if needs_weight else None
             return input_gradient, weight_gradient, _rows(gradient).sum(0) if needs_bias else None, None, None
@@ -57,12 +57,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (_rows(gradient).t() @ _rows(x).to(gradient.dtype)).to(dtype)
+    return product(_rows(gradient).t(), _rows(x).to(gradient.dtype).t()).to(dtype)
 
 
 def _accumulate_weight(weight: nn.Parameter, gradient: Tensor, x: Tensor) -> None:
     """Add the product to the gradient in one pass over it, where the precisions agree."""
     if weight.grad is not None and weight.grad.dtype == gradient.dtype == x.dtype:
-        weight.grad.addmm_(_rows(gradient).t(), _rows(x))
+        add_product(weight.grad, _rows(gradient).t(), _rows(x).t())
     else:
         accumulate_gradient(weight, _weight_gradient(gradient, x, weight.dtype))

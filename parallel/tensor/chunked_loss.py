@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.collectives import all_gather, copy
 from weft.parallel.deferred import gradient_dtype
+from weft.parallel.product import add_product, product
 from weft.parallel.tensor.loss import check_loss, logit_gradient, token_losses
 from weft.parallel.tensor.matmul import SEQUENCE_DIM, in_autocast_precision, outer_product
-from weft.parallel.tensor.product import add_product, product
 from weft.parallel.tensor.range import check_range
 
 

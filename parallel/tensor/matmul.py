@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from weft.parallel.deferred import WeightGradientQueue, accumulate_gradient, gradient_dtype
 from weft.parallel.exchange import start_all_gather, start_all_reduce, start_reduce_scatter
-from weft.parallel.tensor.product import add_product, is_by_onednn, product
+from weft.parallel.product import add_product, is_by_onednn, product
 
 SEQUENCE_DIM = -2
 

@@ -10,7 +10,7 @@ from torch.profiler import profile
 from tests.parallel.comparison import drawn, load_full, part, tensor_mesh
 from tests.pool import Pool
 from weft.parallel import ColumnParallelLinear, RowParallelLinear, gather_full, linear_cross_entropy, shardings
-from weft.parallel.tensor.product import SMALLEST_FOR_ONEDNN, add_product, is_by_onednn, product
+from weft.parallel.product import SMALLEST_FOR_ONEDNN, add_product, is_by_onednn, product
 
 WIDE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 ROWS, IN, OUT = 256, 160, 288

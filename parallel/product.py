@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST_FOR_ONEDNN = 2**21  # multiplications; below, preparing oneDNN's call takes longer than it saves
+SMALLEST_FOR_ONEDNN = 3 * 2**19  # multiplications; below, preparing oneDNN's call takes longer than it saves
 ROWS_AT_ONCE = 8192  # of a sum, so that the product beside it stays small
 
 
@@ -42,6 +42,7 @@ def is_by_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # neither a DTensor nor a fake one
         and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")  # which decides on the precision of torch's own products
         and not torch.compiler.is_compiling()
         and _has_wide_vectors()
         and bool(torch.backends.mkldnn.enabled)
