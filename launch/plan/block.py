@@ -9,7 +9,14 @@ from weft.launch.plan import groups
 from weft.launch.plan.cluster import Cluster
 from weft.launch.plan.collectives import all_gather_seconds, all_reduce_seconds, all_to_all_seconds
 from weft.launch.plan.flops import attention_forward
-from weft.launch.plan.kernels import PLAIN_UNITS_RATE, UNIT_FEATURES, attention_seconds, gemm_seconds, plain_seconds
+from weft.launch.plan.kernels import (
+    PLAIN_UNITS_RATE,
+    UNIT_FEATURES,
+    ProductTime,
+    attention_seconds,
+    plain_seconds,
+    product_time,
+)
 from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.recipe import Recipe
 from weft.launch.plan.shape import ModelShape
@@ -73,8 +80,9 @@ class Model:
         """Tokens whose norms and residuals one rank computes."""
         return self.tokens / (self.layout.tensor if self.layout.splits_sequence else 1)
 
-    def gemm(self, k: float, n: float, tokens: float = 0.0) -> float:
-        return gemm_seconds(self.cluster, self.recipe.precision, tokens or self.tokens, k, n, self.recipe.activation)
+    def gemm(self, inputs: float, outputs: float, tokens: float = 0.0) -> ProductTime:
+        tokens = tokens or self.tokens
+        return product_time(self.cluster, self.recipe.precision, tokens, inputs, outputs, self.recipe.activation)
 
     def plain(self, features: float, kernels: int = 1) -> float:
         return plain_seconds(self.cluster, self.recipe.activation * features, kernels)
@@ -85,17 +93,17 @@ def block_time(model: Model, *, experts: bool = False) -> PieceTime:
     attention = _attention_core(model)
     products = _products(model) + (_expert_products(model) if experts else _mlp_products(model))
     plain = _plain(model)
-    forward = products + plain + attention[0]
+    forward = products.forward + plain + attention[0]
     recompute = {"none": 0.0, "selective": attention[0], "full": forward}[model.layout.recompute]
     collective = _tensor_collective(model)
     exchange = _expert_exchange(model) if experts else 0.0
     again = collective + exchange if model.layout.recompute == "full" else 0.0
     ring = _context_exchange(model, attention[0])
-    hidden = min(collective, model.recipe.hidden_tensor * products)
+    hidden = min(collective, model.recipe.hidden_tensor * products.weight_gradient)
     return PieceTime(
         forward=forward,
-        input_gradient=products + 1.5 * plain + attention[1],
-        weight_gradient=products,
+        input_gradient=products.input_gradient + 1.5 * plain + attention[1],
+        weight_gradient=products.weight_gradient,
         recompute=recompute,
         tensor_forward=collective + exchange,
         tensor_backward=collective + exchange - hidden,
@@ -112,9 +120,9 @@ def head_time(model: Model) -> PieceTime:
     loss = model.plain(model.tokens * vocab * model.recipe.logit / model.recipe.activation, 4)
     collective = _tensor_collective(model) / 2
     return PieceTime(
-        forward=product + loss,
-        input_gradient=product + loss / 2,
-        weight_gradient=product,
+        forward=product.forward + loss,
+        input_gradient=product.input_gradient + loss / 2,
+        weight_gradient=product.weight_gradient,
         tensor_forward=collective,
         tensor_backward=collective,
     )
@@ -127,7 +135,7 @@ def embedding_time(model: Model) -> PieceTime:
     return PieceTime(forward=rows, weight_gradient=2 * rows, tensor_forward=collective)
 
 
-def _products(model: Model) -> float:
+def _products(model: Model) -> ProductTime:
     """Of attention's projections."""
     shape, tensor = model.shape, model.layout.tensor
     query, keys = shape.query_features, shape.key_value_features
@@ -141,25 +149,26 @@ def _products(model: Model) -> float:
     return down + up + model.gemm(query / tensor, shape.hidden)
 
 
-def _mlp_products(model: Model) -> float:
+def _mlp_products(model: Model) -> ProductTime:
     return _mlp(model, model.shape.intermediate / model.layout.tensor, model.tokens)
 
 
-def _mlp(model: Model, features: float, tokens: float) -> float:
+def _mlp(model: Model, features: float, tokens: float) -> ProductTime:
     hidden = model.shape.hidden
     first = model.gemm(hidden, (1 + model.shape.gated) * features, tokens)
     return first + model.gemm(features, hidden, tokens)
 
 
-def _expert_products(model: Model) -> float:
+def _expert_products(model: Model) -> ProductTime:
     """Every rank computes its experts one after the other, each for an equal part of the tokens that it is sent."""
     experts = model.shape.experts
     assert experts is not None
     own = max(1.0, experts.count / model.layout.expert)
     tokens = model.tokens / model.layout.tensor * experts.per_token / own
-    routed = own * _mlp(model, experts.intermediate, tokens)
-    shared = _mlp(model, experts.shared_intermediate / model.layout.tensor, model.tokens)
-    return routed + (shared if experts.shared_intermediate else 0.0) + model.gemm(model.shape.hidden, experts.count)
+    products = own * _mlp(model, experts.intermediate, tokens) + model.gemm(model.shape.hidden, experts.count)
+    if not experts.shared_intermediate:
+        return products
+    return products + _mlp(model, experts.shared_intermediate / model.layout.tensor, model.tokens)
 
 
 def _expert_exchange(model: Model) -> float:

@@ -53,6 +53,11 @@ class Cluster(Section):
     memory: Above0 = Field(description="GiB of one device")
     memory_bandwidth: Above0 = Field(description="GB/s of one device's memory")
     devices_per_node: AtLeastOne = Field(default=8, description="devices that the fast links of `node` join")
+    multiprocessors: AtLeastOne | None = Field(
+        default=None,
+        description="units of one device that each compute a tile of a matrix product; left out where products are "
+        "measured at the model's own shapes",
+    )
     node: Link = Field(description="the way to devices of the same node")
     network: Link = Field(description="the way to devices of other nodes")
     gemm_efficiency: Share = Field(default=0.7, description="share of the peak that large matrix products reach")
@@ -60,7 +65,7 @@ class Cluster(Section):
     memory_efficiency: Share = Field(default=0.8, description="share of the memory bandwidth that plain kernels reach")
     kernel_latency: NotBelow0 = Field(default=5.0, description="microseconds that each kernel takes beside its work")
     microbatch_overhead: NotBelow0 = Field(
-        default=1000.0, description="microseconds per stage, microbatch and direction beside the kernels"
+        default=300.0, description="microseconds per stage, microbatch and direction beside the kernels"
     )
     overlaps: bool = Field(
         default=True, description="whether devices compute while they communicate; CPU cores do both"

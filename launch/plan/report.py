@@ -102,7 +102,7 @@ def _ranked(plan: Plan, top: int) -> str:
         )
         for place, candidate in enumerate(plan.fitting[:top], 1)
     ]
-    note = f"* the one to take: of all within {100 * TIE:.0f} % of the fastest, it has fewest microbatches."
+    note = f"* the one to take: of all within {100 * TIE:g} % of the fastest, it has fewest microbatches."
     return f"{_table(header, rows)}\n{note}"
 
 

@@ -19,18 +19,17 @@ from weft.launch.plan.step import step_of
 
 SIMULATED = 100
 REJECTED = 100
-TIE = 0.03  # share of a step's time that predictions do not tell apart
+TIE = 0.035  # share of a step's time that predictions do not tell apart
 
 
-def preferred(times: Sequence[float], microbatches: Sequence[int], memories: Sequence[float]) -> int:
+def preferred(times: Sequence[float], microbatches: Sequence[int]) -> int:
     """Which layout to take: of all whose time is within `TIE` of the shortest, the one with fewest microbatches.
 
-    What a simulation leaves out, launching and jitter, comes with every microbatch. Of equals, the one that needs least
-    memory.
+    What a simulation leaves out, launching and jitter, comes with every microbatch. Of equals, the fastest.
     """
     limit = (1 + TIE) * min(times)
     near = [index for index, time in enumerate(times) if time <= limit]
-    return min(near, key=lambda index: (microbatches[index], memories[index]))
+    return min(near, key=lambda index: (microbatches[index], times[index]))
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ class Plan:
         index = preferred(
             [candidate.time.total for candidate in self.fitting],
             [candidate.layout.microbatches(self.space.job) for candidate in self.fitting],
-            [candidate.memory.total for candidate in self.fitting],
         )
         return self.fitting[index]
 

@@ -53,7 +53,7 @@ def describe(row: Row) -> Case:
     assumed: list[str] = []
     cluster = _cluster(row)
     shape = _shape(row, software.get("shape", {}), assumed)
-    recipe = _recipe(row, software.get("recipe", {}))
+    recipe = _recipe(row, software)
     layout, job = _layout(row, shape, recipe, assumed)
     return Case(row, shape, job, layout, recipe, cluster, tuple(assumed))
 
@@ -154,11 +154,12 @@ def _layers_of(row: Row, values: dict[str, Any], assumed: list[str]) -> int:
     return max(1, round((parameters * 1e9 - one.embedding_parameters) / one.layer_parameters))
 
 
-def _recipe(row: Row, changes: dict[str, Any]) -> Recipe:
+def _recipe(row: Row, software: dict[str, Any]) -> Recipe:
     text = row.text("precision").lower()
     precision = next((name for name in ("fp4", "fp8", "bf16", "fp16", "fp32") if name in text), "bf16")
-    if precision == "bf16" and changes.get("gradient") == 2 and text:
-        changes = changes | {"gradient": 4, "reduced_gradient": 4}
+    changes = software.get("recipe", {})
+    if precision == "bf16" and text:
+        changes = changes | software.get("bf16", {})
     return replace(MEGATRON, precision=precision, **changes)
 
 

@@ -176,7 +176,7 @@ def sweeps(rows: Iterable[Judged]) -> list[Sweep]:
             observed = [median(run.observed for run in runs if run.observed) for runs in layouts.values()]
             planned = [run.predicted for run in first]
             counts = [run.case.layout.microbatches(run.case.job) for run in first]
-            taken = observed[preferred(planned, counts, [run.memory.total for run in first])]
+            taken = observed[preferred(planned, counts)]
             pairs = list(zip(planned, observed, strict=True))
             source = first[0].case.row.source
             found.append(Sweep(source, f"{key[0]} on {key[2]}", len(pairs), spearman(pairs), taken / min(observed) - 1))
