@@ -38,6 +38,8 @@ CHOICES: list[dict[str, Any]] = [
     {"recompute": "selective", "recompute_modules": ["core", "mlp"]},
     {"recompute": "full", "recompute_layers": "1 of 2"},
     {"recompute": "full"},
+    {"recompute": "none", "offload": "activations"},
+    {"recompute": "full", "offload": "activations"},
 ]
 
 
@@ -152,6 +154,7 @@ def main() -> None:
     for choice in CHOICES:
         full, half = (measure_recompute(precision, **choice) for precision in ("fp32", "bf16"))
         said = " ".join(", ".join(value) if isinstance(value, list) else value for value in choice.values())
+        said = said.replace("activations", "offloaded")
         print(f"{said:<26} {full.activations:>8.1f} {half.activations:>8.1f} {full.operations / least:>10.2f} ×")
 
 

@@ -234,6 +234,7 @@ class Engine:
                 recompute=parallel.recompute,
                 recomputed_modules=parallel.recompute_modules,
                 recomputed_layers=recomputed_layers(parallel, self.config.num_hidden_layers),
+                offload=parallel.offloads_activations,
                 device="meta",
                 dtype=dtype,
             )

@@ -91,11 +91,11 @@ def zero_engine(parallel: ParallelSettings) -> Literal["none", "deepspeed", "fsd
         UserError: the engine that is asked for does not have the ZeRO stage, or not in this layout.
     """
     engine = _engine_that_fits(parallel)
-    if parallel.offload == "optimizer" and engine != "deepspeed":
+    if parallel.offloads_optimizer and engine != "deepspeed":
         raise UserError(
-            f"parallel.offload is optimizer, which DeepSpeed does, but parallel.zero is {parallel.zero} and "
-            f"parallel.zero_engine {parallel.zero_engine}; choose parallel.zero=1 with parallel.zero_engine=auto, or "
-            "parallel.offload=none."
+            f"parallel.offload is {parallel.offload}, and DeepSpeed does that for the optimizer, but parallel.zero is "
+            f"{parallel.zero} and parallel.zero_engine {parallel.zero_engine}; choose parallel.zero=1 with "
+            "parallel.zero_engine=auto, or parallel.offload=none or activations."
         )
     return engine
 
@@ -111,7 +111,7 @@ def _engine_that_fits(parallel: ParallelSettings) -> Literal["none", "deepspeed"
             )
         return "deepspeed"
     if parallel.zero_engine == "auto":
-        return "deepspeed" if parallel.offload == "optimizer" else "fsdp2"
+        return "deepspeed" if parallel.offloads_optimizer else "fsdp2"
     return parallel.zero_engine
 
 
@@ -143,8 +143,13 @@ def _check_growth(settings: Settings, world_size: int) -> None:
 
 
 def _check_optimizer(settings: Settings) -> None:
-    """Adafactor keeps means over rows and columns, which are not those of a part of the matrix."""
+    """Adafactor keeps means over rows and columns, not those of a part; Muon gathers the parts of tensor ranks."""
     parallel = settings.parallel
+    if settings.train.optimizer.name == "muon" and parallel.zero:
+        raise UserError(
+            f"train.optimizer.name is muon, which needs matrices that data ranks do not divide, but parallel.zero is "
+            f"{parallel.zero}; choose parallel.zero=0, or adamw or sgd."
+        )
     if settings.train.optimizer.name == "adafactor" and (parallel.tensor > 1 or parallel.zero):
         raise UserError(
             f"train.optimizer.name is adafactor, which needs whole matrices, but parallel.tensor is {parallel.tensor} "

@@ -44,8 +44,11 @@ def formula(settings: Settings, pipeline_rank: int) -> Memory:
 
 
 def beside_formula(settings: Settings, pipeline_rank: int, name: str, memory: Memory) -> dict[str, Memory]:
-    """The columns of a table: `memory` under its name, after the formula where there is one, for decoders."""
-    if model_config(settings.model).kind != "decoder":
+    """The columns of a table: `memory` under its name, after the formula where there is one.
+
+    There is one for decoders whose activations stay on the device.
+    """
+    if model_config(settings.model).kind != "decoder" or settings.parallel.offloads_activations:
         return {name: memory}
     return {"formula": formula(settings, pipeline_rank), name: memory}
 

@@ -1,19 +1,26 @@
 """The optimiser, its parameter groups, and the learning rate of each step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import cos, pi
 from re import match
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weft.launch.sections import OptimizerSettings, TrainSettings
+from weft.parallel.data.muon import Muon
 from weft.parallel.data.replicas import ParameterGroup
+from weft.parallel.sharding import Sharding
 
 
-def build_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """torch's own: AdamW (Loshchilov and Hutter 2019), SGD with momentum, or Adafactor (Shazeer and Stern 2018)."""
+def build_optimizer(
+    groups: Sequence[ParameterGroup], settings: OptimizerSettings, shardings: Mapping[Tensor, Sharding] | None = None
+) -> torch.optim.Optimizer:
+    """torch's own: AdamW (Loshchilov and Hutter 2019), SGD with momentum, Adafactor (Shazeer and Stern 2018), or Muon.
+
+    `shardings`: of the parameters that are split over the tensor axis, for Muon (Jordan et al. 2024).
+    """
     # One kernel for all parameters, which torch has everywhere but on the meta device.
     fused = not any(parameter.is_meta for group in groups for parameter in group["params"])
     if settings.name == "adamw":
@@ -21,6 +28,15 @@ def build_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSetting
     if settings.name == "sgd":
         return torch.optim.SGD(
             groups, lr=settings.learning_rate, momentum=settings.momentum, fused=fused, foreach=False
+        )
+    if settings.name == "muon":
+        return Muon(
+            groups,
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            betas=settings.betas,
+            fused=fused,
+            shardings=shardings,
         )
     return torch.optim.Adafactor(groups, lr=settings.learning_rate)
 
@@ -33,7 +49,7 @@ def parameter_groups(
     Without a rule for it, weight decay is on matrices only, not on biases and norms. `named`: each parameter by its
     name in the whole model, which has so many `layers`.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
@@ -44,11 +60,17 @@ def parameter_groups(
                 factor = rule.learning_rate_factor
                 break
         factor *= settings.layer_decay ** (layers + 1 - depth(name, layers))
-        groups.setdefault((decay, factor), []).append(parameter)
+        orthogonal = settings.name == "muon" and in_block(name) and parameter.dim() == 2
+        groups.setdefault((decay, factor, orthogonal), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "learning_rate_factor": factor}
-        for (decay, factor), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "learning_rate_factor": factor, "orthogonal": orthogonal}
+        for (decay, factor, orthogonal), parameters in groups.items()
     ]
+
+
+def in_block(name: str) -> bool:
+    """Whether a parameter belongs to one of the blocks: it is neither of the embeddings nor of the head."""
+    return match(r"(?:layers|encoder|decoder)\.\d+\.", name) is not None
 
 
 def depth(name: str, layers: int) -> int:

@@ -57,9 +57,20 @@ class ParallelSettings(Section):
     recompute_layers: Annotated[str, Field(pattern=r"^(all|[0-9]+ of [1-9][0-9]*)$")] = Field(
         default="all", description="the layers that compute again: all, or some of every few, such as 1 of 2"
     )
-    offload: Literal["none", "optimizer"] = Field(
-        default="none", description="what the CPU keeps and computes: optimizer states, with zero 1, 2 or 3"
+    offload: Literal["none", "optimizer", "activations", "both"] = Field(
+        default="none",
+        description="what the CPU's memory holds: optimizer states, which the CPU updates, with zero; activations",
     )
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the CPU keeps the optimiser's states and updates the weights."""
+        return self.offload in ("optimizer", "both")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether the CPU keeps what blocks need for their backward."""
+        return self.offload in ("activations", "both")
 
 
 class BatchSettings(Section):
@@ -86,12 +97,14 @@ class GroupSettings(Section):
 class OptimizerSettings(Section):
     """The update rule and its constants."""
 
-    name: Literal["adamw", "sgd", "adafactor"] = Field(default="adamw", description="update rule")
+    name: Literal["adamw", "sgd", "adafactor", "muon"] = Field(
+        default="adamw", description="update rule; muon is for matrices inside the blocks, adamw then for the rest"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="decay per step of the gradient's and the squared gradient's average"
     )
-    momentum: Decay = Field(default=0.9, description="decay per step of the gradient's average, with sgd")
+    momentum: Decay = Field(default=0.9, description="decay per step of the gradient's average, with sgd and muon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="decay of the matrices, in units of the learning rate"
     )

@@ -18,7 +18,7 @@ from weft.parallel import PipelineExecutor, PipelineStage
 from weft.parallel.data.average import WeightAverage
 from weft.parallel.data.gradients import counts_here, norms
 from weft.parallel.data.loss_scale import LossScale, dynamic_loss_scale
-from weft.parallel.data.replicas import PlainReplicas, Replicas, named_parameters
+from weft.parallel.data.replicas import ParameterGroup, PlainReplicas, Replicas, named_parameters
 from weft.parallel.tensor.partial import sum_partial_gradients
 
 KINDS = {"embed": "embeddings", "self_attn": "attention", "mlp": "mlp", "norm": "norms", "lm_head": "head"}
@@ -125,16 +125,21 @@ def kind(name: str) -> str:
 def build_replicas(stages: Sequence[PipelineStage], settings: Settings, mesh: DeviceMesh, *, layers: int) -> Replicas:
     """The way of sharing over the data axis that the settings ask for."""
     parallel, optimizer = settings.parallel, settings.train.optimizer
-    named = [(found.name, found.parameter) for found in named_parameters(stages)]
-    groups = parameter_groups(named, optimizer, layers=layers)
+    named = named_parameters(stages)
+    groups = parameter_groups([(found.name, found.parameter) for found in named], optimizer, layers=layers)
+    shardings = {found.parameter: found.sharding for found in named if found.sharding is not None}
 
-    def make(of: list[dict[str, object]]) -> torch.optim.Optimizer:
-        return build_optimizer(of, optimizer)
+    def make(of: list[ParameterGroup]) -> torch.optim.Optimizer:
+        if optimizer.name != "muon":
+            return build_optimizer(of, optimizer)
+        pairs = [zip(own["params"], group["params"], strict=True) for own, group in zip(of, groups, strict=True)]
+        updated = {weight: shardings[p] for pair in pairs for weight, p in pair if p in shardings}
+        return build_optimizer(of, optimizer, updated)
 
     if not parallel.zero:
         return PlainReplicas(stages, groups, make, mesh["data"])
     engine = zero_engine(parallel)
-    offload = parallel.offload == "optimizer"
+    offload = parallel.offloads_optimizer
     blocks = [[part for part in stage.module.modules() if isinstance(part, Block)] for stage in stages]
     if engine == "fsdp2":
         from weft.parallel.data.zero_fsdp import FullyShardedReplicas

@@ -5,6 +5,7 @@ the same name in every layout.
 """
 
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from math import sqrt
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from weft.parallel import (
     recomputed,
     split,
 )
+from weft.parallel.offload import ActivationOffload
 from weft.parallel.random import Constant, Distribution, Normal
 from weft.parallel.tensor.cache import CachedLayer, CachedTokens
 from weft.parallel.tensor.matmul import column_matmul
@@ -194,7 +196,7 @@ class DecoderStage(nn.Module):
 
     `recompute`: "full" keeps only each block's input and computes the block again in the backward; "selective" does so
     for the core of attention (Korthikanti et al. 2022, §5) and the MLP, as `recomputed_modules` says ("core", "mlp").
-    `recomputed_layers`: the blocks that do so.
+    `recomputed_layers`: the blocks that do so. `offload`: what blocks keep lies in the memory of the host.
     """
 
     def __init__(
@@ -209,11 +211,13 @@ class DecoderStage(nn.Module):
         recompute: Recompute = "none",
         recomputed_layers: Container[int] | None = None,
         recomputed_modules: Collection[str] = ("core",),
+        offload: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
+        self.offload = ActivationOffload() if offload else None
         self.sequence_parallel = sequence_parallel and mesh.size() > 1
         options: dict[str, Any] = {
             "mesh": mesh,
@@ -297,12 +301,10 @@ class DecoderStage(nn.Module):
         tables = self._rotary_tables(x, cache)
         visible = None if mask is None else mask.bool()[:, None, None]  # [batch, 1, 1, sequence]
         for name, block in self.layers.items():
-            rotary = tables.get(block.rotary)
-            if block.recomputes and torch.is_grad_enabled():
-                x = recomputed(block, x, rotary=rotary, mask=visible, dropout_key=dropout_key)
-            else:
-                cached = None if cache is None else cache.layer(name)
-                x = block(x, rotary=rotary, mask=visible, dropout_key=dropout_key, cache=cached)
+            options: dict[str, Any] = {"rotary": tables.get(block.rotary), "mask": visible, "dropout_key": dropout_key}
+            if cache is not None:
+                options["cache"] = cache.layer(name)
+            x = run_block(block, self.offload, x, **options)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -354,6 +356,15 @@ def without_sequence_parallelism(stage: DecoderStage, weights: Mapping[str, Tens
     )
     plain.load_state_dict(weights, assign=True)
     return plain.eval()
+
+
+def run_block(block: nn.Module, offload: ActivationOffload | None, *inputs: Tensor, **options: Any) -> Tensor:
+    """The block's result, computed again in the backward and kept on the host until then as it is to be."""
+    with nullcontext() if offload is None else offload.keep(block):
+        if block.recomputes and torch.is_grad_enabled():
+            return recomputed(block, *inputs, **options)
+        result: Tensor = block(*inputs, **options)
+        return result
 
 
 def recomputed_parts(

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.model.config import ModelConfig
-from weft.model.decoder import TIED, Block, Recompute, ResidualDropout, make_norm, recomputed_parts
+from weft.model.decoder import TIED, Block, Recompute, ResidualDropout, make_norm, recomputed_parts, run_block
 from weft.parallel import (
     DropoutKey,
     ParallelCrossAttention,
     RelativePositionBias,
     VocabParallelEmbedding,
     VocabParallelHead,
-    recomputed,
 )
+from weft.parallel.offload import ActivationOffload
 
 
 class CrossBlock(Block):
@@ -84,11 +84,13 @@ class EncoderDecoderStage(nn.Module):
         recompute: Recompute = "none",
         recomputed_layers: Container[int] | None = None,
         recomputed_modules: Collection[str] = ("core",),
+        offload: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
+        self.offload = ActivationOffload() if offload else None
         self.sequence_parallel = sequence_parallel and mesh.size() > 1
         self.first, self.last = first, last
         options: dict[str, Any] = {"mesh": mesh, "device": device, "dtype": dtype}
@@ -182,7 +184,7 @@ class EncoderDecoderStage(nn.Module):
             if visible is not None:
                 bias = bias.masked_fill(~visible, -torch.inf)
             for block in self.encoder.values():
-                x = self._run(block, x, mask=bias, dropout_key=key)
+                x = run_block(block, self.offload, x, mask=bias, dropout_key=key)
         if str(self.config.encoder_layers - 1) in self.encoder:
             x = self.encoder_output_dropout(self.encoder_norm(x), key)
         return x
@@ -193,14 +195,8 @@ class EncoderDecoderStage(nn.Module):
             later = torch.ones(length, length, dtype=torch.bool, device=y.device).triu(1)
             bias = self.decoder_bias(length, length).masked_fill(later, -torch.inf)  # type: ignore[operator]
             for block in self.decoder.values():
-                y = self._run(block, y, context, mask=bias, visible=visible, dropout_key=key)
+                y = run_block(block, self.offload, y, context, mask=bias, visible=visible, dropout_key=key)
         return y
-
-    def _run(self, block: nn.Module, *inputs: Tensor, **options: Any) -> Tensor:
-        if block.recomputes and torch.is_grad_enabled():
-            return recomputed(block, *inputs, **options)  # type: ignore[no-any-return]
-        result: Tensor = block(*inputs, **options)
-        return result
 
     def _length(self, x: Tensor) -> int:
         return x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)

@@ -9,10 +9,12 @@ from .data.buckets import GradientBuckets as GradientBuckets
 from .data.gradients import clip_gradients as clip_gradients
 from .data.gradients import counted_parameters as counted_parameters
 from .data.gradients import gradient_norm as gradient_norm
+from .data.muon import Muon as Muon
 from .data.replicas import Piece as Piece
 from .data.replicas import PlainReplicas as PlainReplicas
 from .data.replicas import Replicas as Replicas
 from .data.zero_deepspeed import DeepSpeedReplicas as DeepSpeedReplicas
+from .data.zero_deepspeed_weights import DeepSpeedShardedReplicas as DeepSpeedShardedReplicas
 from .data.zero_fsdp import FullyShardedReplicas as FullyShardedReplicas
 from .deferred import WeightGradientQueue as WeightGradientQueue
 from .memory import storage_bytes as storage_bytes
@@ -20,6 +22,7 @@ from .memory import track_memory as track_memory
 from .mesh import AXES as AXES
 from .mesh import build_mesh as build_mesh
 from .meta import without_numbers as without_numbers
+from .offload import ActivationOffload as ActivationOffload
 from .pipeline.check import ScheduleFacts as ScheduleFacts
 from .pipeline.check import check_schedule as check_schedule
 from .pipeline.draw import draw_timeline as draw_timeline

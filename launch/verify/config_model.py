@@ -105,6 +105,7 @@ def arranged(settings: Settings, layout: Layout) -> Settings:
         "stages_per_rank": layout.stages_per_rank,
         "zero": 0,
         "zero_engine": "auto",
+        "offload": "activations" if parallel.offloads_activations else "none",
         "sequence_parallel": layout.sequence_parallel,
         "split": parallel.split if parallel.split != "auto" and len(parallel.split) == stages else "auto",
     }

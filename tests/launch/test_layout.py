@@ -82,6 +82,7 @@ def test_fitting_layouts_pass(sections: dict[str, Any], world: int) -> None:
         ({"parallel": {"offload": "optimizer"}}, 1, ["parallel.zero is 0", "zero=1", "offload=none"]),
         ({"parallel": {"offload": "optimizer", "zero": 3, "zero_engine": "fsdp2"}}, 1, ["engine fsdp2", "=auto"]),
         ({"parallel": {"tensor": 2}, "train": {"optimizer": {"name": "adafactor"}}}, 2, ["adafactor", "adamw or sgd"]),
+        ({"parallel": {"zero": 1}, "train": {"optimizer": {"name": "muon"}}}, 2, ["muon", "zero is 1", "zero=0"]),
     ],
 )
 def test_misfits_name_numbers_and_choices(sections: dict[str, Any], world: int, words: list[str]) -> None:

@@ -177,7 +177,10 @@ def test_resolved_fills_the_world_in(write: Any) -> None:
         (["parallel.recompute=some"], "parallel.recompute is 'some', but takes one of none, selective, full ("),
         (["parallel.data=most"], "parallel.data is 'most', but takes auto or a whole number of at least 1 ("),
         (["parallel.split=[1, x]"], "parallel.split is [1, 'x'], but takes auto or a list of values, each a whole"),
-        (["train.optimizer.name=adam"], "train.optimizer.name is 'adam', but takes one of adamw, sgd, adafactor ("),
+        (
+            ["train.optimizer.name=adam"],
+            "train.optimizer.name is 'adam', but takes one of adamw, sgd, adafactor, muon (",
+        ),
         (["train.precision=int8"], "train.precision is 'int8', but takes one of fp32, bf16, fp16 ("),
         (["parallel.zero=4"], "parallel.zero is 4, but takes a whole number of at least 0 and of at most 3 ("),
         (["betas=[0.9]"], "train.optimizer.betas is [0.9], but takes a list of 2 values, each a number of at least 0"),

@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS: list[dict[str, Any]] = [
     {"data": 2},
     {"tensor": 2, "sequence_parallel": True},
-    {"pipeline": 2, "recompute": "full"},
+    {"pipeline": 2, "recompute": "full", "offload": "activations"},
     {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "recompute": "selective"},
     {"pipeline": 2, "schedule": "zb-v", "stages_per_rank": 2},
 ]

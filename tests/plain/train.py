@@ -22,6 +22,26 @@ class PlainRun:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of the layers, with its AdamW for the rest, of which only other matrices decay."""
+
+    def __init__(self, model: nn.Module, betas: tuple[float, float], weight_decay: float) -> None:
+        named = dict(model.named_parameters())
+        hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith("layers.")]
+        tables = [p for name, p in named.items() if p.dim() == 2 and not name.startswith("layers.")]
+        vectors = [{"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(hidden, momentum=0.9, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([{"params": tables, "weight_decay": weight_decay}, *vectors], betas=betas),
+        ]
+        super().__init__(list(named.values()), {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
 def build_plain(config: dict[str, Any], weights: dict[str, Tensor] | None = None) -> nn.Module:
     """The model that `config` describes, in torch's default dtype or in that of the `weights` given."""
     model: nn.Module = {"llama": Llama, "gpt2": GPT2}[config["model_type"]](config)
@@ -50,6 +70,7 @@ def train_plain(
         "adamw": lambda: torch.optim.AdamW(groups, betas=betas),
         "sgd": lambda: torch.optim.SGD(groups, momentum=0.9),
         "adafactor": lambda: torch.optim.Adafactor(groups),
+        "muon": lambda: MuonAndAdamW(model, betas, weight_decay),
     }[optimizer_name]()
     run = PlainRun()
     for (tokens, targets), learning_rate in zip(batches, learning_rates, strict=True):
