@@ -134,7 +134,10 @@ def weft_contender(case: Case) -> Contender:
     stages, (batch, targets) = case.stages(), case.batch()
     parts = [PipelineStage(module, index) for index, module in stages.items()]
     mesh = build_mesh(pipeline=case.schedule.ranks)["pipeline"]
-    executor = PipelineExecutor(case.schedule, parts, mesh, nn.functional.mse_loss, timeout=120)
+    # torch's stages keep to the shapes of their first step
+    value = torch.empty(case.rows, *inner_shape(case.block), device="meta")
+    shapes = dict.fromkeys(range(case.schedule.stages - 1), value)
+    executor = PipelineExecutor(case.schedule, parts, mesh, nn.functional.mse_loss, shapes=shapes, timeout=120)
     blocks = blocks_of(nn.ModuleList(stages.values()))
     return Contender(lambda: executor.step(batch, targets).timeline, lambda: CountedInbox.most, blocks)
 
