@@ -201,7 +201,12 @@ def main() -> None:
     print(f"{'':<10} {'weft':>12} {'other':>12} {'ratio':>8}   fastest … slowest step")
     for name in arguments.comparisons or COMPARISONS:
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=COMPARISONS[name][0], rdzv_backend="c10d", run_id=name
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=COMPARISONS[name][0],
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            run_id=name,
         )
         print(elastic_launch(config, compare)(name, arguments.steps)[0], flush=True)
 

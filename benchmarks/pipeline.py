@@ -280,7 +280,12 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=arguments.ranks, rdzv_backend="c10d", run_id="pipeline"
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=arguments.ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id="pipeline",
     )
     print("\n".join(elastic_launch(config, compare)(arguments)[0]))
 
