@@ -1,122 +1,54 @@
 """Faults at random moments of training runs, and what they cost: a table of what was done and what was lost.
 
-    python benchmarks/faults.py                           # 200 faults, half an hour on 2 cores
+    python benchmarks/faults.py                           # 200 faults, an hour on 2 cores
     python benchmarks/faults.py --faults 10 --seed 7
 
 A run trains a tiny Llama on two ranks of one layout with `weft train --max-restarts`. Faults hit it at moments that the
 seed draws, in training, in a save, or while it starts; what ends the launcher too is followed by the same command once
-more. A run is lost when it does not end with the losses of an undisturbed one, bit for bit.
+more. Every fourth run has its ranks on two nodes, which are network namespaces, and loses one of them. A run is lost
+when it does not end with the losses of an undisturbed one, bit for bit.
 """
 
 import argparse
-import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
+from disturbed import (
+    EVERY,
+    LAYOUTS,
+    MARK,
+    PATIENCE,
+    LostError,
+    NodesRun,
+    Run,
+    count_survivors,
+    lost_checkpoints,
+    prepare,
+    send,
+    small_disk,
+    undisturbed_losses,
+    wait_for,
+    wait_for_training,
+)
+from nodes import NotPermittedError, network
 
-STEPS, EVERY, TIMEOUT = 48, 4, 5
-MARK = "WEFT_FAULTS"
-LAYOUTS = ("pipeline", "data", "tensor")
-PATIENCE = 300.0
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-SETTINGS: dict[str, Any] = {
-    "name": "run",
-    "model": SIZES | {"model_type": "llama", "intermediate_size": 48, "max_position_embeddings": 32},
-    "batch": {"global_size": 8, "micro_size": 2},
-    "train": {"steps": STEPS, "timeout": TIMEOUT, "evaluate_every": 0, "evaluate_sequences": 4},
-    "corpus": {"path": "text.txt", "sequence_length": 16},
-    "checkpoint": {"every": EVERY, "keep": 3},
-    "cluster": {"device": "cpu"},
-}
-
-
-class LostError(Exception):
-    """A run did not survive."""
-
-
-@dataclass
-class Run:
-    """One training run in a folder of its own, and the `process` of the launcher that works on it now."""
-
-    folder: Path
-    layout: str
-    process: subprocess.Popen[bytes] = field(init=False)
-    damaged: list[Path] = field(default_factory=list)
-
-    def start(self) -> None:
-        """Start the command, or start it again."""
-        command = [sys.executable, "-m", "weft", "train", "--max-restarts", "1000", "settings.json"]
-        command += [f"parallel.{self.layout}=2"]
-        with (self.folder / "output.txt").open("ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=environment(self.folder), stdout=output, stderr=output
-            )
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "runs/run/metrics.jsonl"
-
-    @property
-    def over(self) -> bool:
-        return self.process.poll() is not None
-
-    def ranks(self) -> list[psutil.Process]:
-        """The ranks that run now, by their process numbers."""
-        try:
-            children = psutil.Process(self.process.pid).children()
-        except psutil.NoSuchProcess:
-            return []
-        return sorted(children, key=lambda child: child.pid)
-
-    @property
-    def steps(self) -> int:
-        """Steps that are written down."""
-        return self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
-
-    @property
-    def metrics_file(self) -> int:
-        """The number of the file in which steps are written down; every start of the ranks makes a new one."""
-        return self.metrics.stat().st_ino if self.metrics.exists() else 0
-
-    def losses(self) -> list[str]:
-        """Every loss as it is written, which is every bit of it."""
-        return [repr(json.loads(line)["loss"]) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "runs/run/checkpoints").glob("step-*"))
-
-    def saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return any((self.folder / "runs/run/checkpoints").glob(".*"))
-
-    def said(self) -> str:
-        return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {"XDG_CACHE_HOME": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1", MARK: str(folder)}
+__all__ = ["MARK", "count_survivors", "prepare", "undisturbed_losses"]
+NODE_FAULTS = 3
+FREE = 400_000  # bytes that a full disk may still have: less than a checkpoint takes
 
 
 def strike_rank(run: Run, choose: random.Random, number: signal.Signals = signal.SIGKILL) -> None:
@@ -161,34 +93,67 @@ def damaged_file(run: Run, choose: random.Random, pattern: str = "*") -> Path:
     return choose.choice(sorted(file for file in run.checkpoints[-1].glob(pattern) if file.stat().st_size))
 
 
-def send(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
+def unplug(run: Run, choose: random.Random) -> None:
+    assert isinstance(run, NodesRun)
+    run.unplug_second()
+
+
+def fill_disk(run: Run, choose: random.Random) -> None:
+    """Leave the disk so full that a save fails, until one has said so."""
+    filler, heard = run.folder / "runs/run/filler", len(run.said())
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while (left := shutil.disk_usage(filler.parent).free - choose.randrange(FREE)) > 0:
+            file.write(bytes(min(left, 2**20)))
+    wait_for(run, lambda: "training goes on without it" in run.said()[heard:])
+    filler.unlink()
+
+
+def doom(run: Run, choose: random.Random, launcher: str = "") -> bool:
+    """Kill a rank at a file operation of a save; False when the run ends before."""
+    order = run.folder / Path("doom.next")
+    order.write_text(f"{choose.randrange(2)} {choose.randrange(1, 80)} {launcher or 'rank'}", encoding="utf-8")
+    told = order.rename(run.folder / "doom")
+    wait_for(run, lambda: not told.exists())
+    return not told.exists()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: what is done, in which moments, and how often it is drawn."""
+    """A kind of fault: what is done, in which moments, how often it is drawn, and what it takes.
+
+    `strike` returns False where the run came to its end before. `ends`: `ranks`, the `launcher` too, or `nothing`.
+    """
 
     name: str
-    strike: Callable[[Run, random.Random], None]
+    strike: Callable[[Run, random.Random], bool | None]
     moment: str = "training"
     weight: int = 10
-    ends_launcher: bool = False
+    ends: str = "ranks"
+    takes: str = ""
 
 
 KINDS = (
     Kind("a rank killed", strike_rank, weight=24),
     Kind("a rank killed in a save", strike_rank, moment="save", weight=16),
     Kind("a rank killed while it starts", strike_rank, moment="start"),
-    Kind("the launcher killed", kill_launcher, ends_launcher=True, weight=12),
-    Kind("the whole job killed", kill_everything, ends_launcher=True, weight=12),
-    Kind("the whole job killed in a save", kill_everything, moment="save", ends_launcher=True, weight=12),
-    Kind("the job told to end (SIGTERM)", terminate, ends_launcher=True),
-    Kind("the job killed, then a bit of a checkpoint flipped", flip_bit, moment="saved", ends_launcher=True, weight=8),
-    Kind("the job killed, then a checkpoint truncated", truncate, moment="saved", ends_launcher=True, weight=6),
-    Kind("the job killed, then a checkpoint's file removed", remove_file, moment="saved", ends_launcher=True, weight=4),
+    Kind("the launcher killed", kill_launcher, ends="launcher", weight=12),
+    Kind("the whole job killed", kill_everything, ends="launcher", weight=12),
+    Kind("the whole job killed in a save", kill_everything, moment="save", ends="launcher", weight=12),
+    Kind("the job told to end (SIGTERM)", terminate, ends="launcher"),
+    Kind("the job killed, then a bit of a checkpoint flipped", flip_bit, moment="saved", ends="launcher", weight=8),
+    Kind("the job killed, then a checkpoint truncated", truncate, moment="saved", ends="launcher", weight=6),
+    Kind("the job killed, then a checkpoint's file removed", remove_file, moment="saved", ends="launcher", weight=4),
     Kind("a rank stopped (SIGSTOP)", partial(strike_rank, number=signal.SIGSTOP), weight=6),
+    Kind("a rank killed at a file operation of a save", doom, moment="now", weight=14),
+    Kind(
+        "the whole job killed at a file operation of a save",
+        partial(doom, launcher="launcher"),
+        moment="now",
+        weight=14,
+        ends="launcher",
+    ),
+    Kind("the disk full (ENOSPC)", fill_disk, weight=8, ends="nothing", takes="disk"),
+    Kind("a node unplugged", unplug, weight=0, takes="nodes"),
 )
 
 
@@ -205,6 +170,7 @@ class Tally:
     damaged: int = 0
     unnoticed: int = 0
     orphans: int = 0
+    lacking: dict[str, str] = field(default_factory=dict)
 
     @property
     def faults(self) -> int:
@@ -219,15 +185,19 @@ def disturbed_run(run: Run, kinds: list[Kind], choose: random.Random, tally: Tal
             break  # it came to its end before
         before, began = run.checkpoints, time.monotonic()
         said, damaged = len(run.said()), len(run.damaged)
-        metrics = run.metrics_file
-        kind.strike(run, choose)
+        metrics, steps = run.metrics_file, run.steps
+        if kind.strike(run, choose) is False:
+            break
         tally.struck[kind.name] += 1
-        if kind.ends_launcher:
+        if kind.ends == "launcher" or (run.over and run.process.returncode):
             run.process.wait(PATIENCE)
             tally.orphans += count_survivors(run.folder)
             tally.checkpoints_lost += lost_checkpoints(run, before)
             run.start()
-        wait_for_training(run, metrics)
+        if kind.ends == "nothing":
+            wait_for(run, lambda steps=steps: run.steps > steps)  # type: ignore[misc]
+        else:
+            wait_for_training(run, metrics)
         tally.seconds[kind.name].append(time.monotonic() - began)
         for checkpoint in run.damaged[damaged:]:
             tally.damaged += 1
@@ -241,6 +211,8 @@ def wait_for_moment(run: Run, kind: Kind, choose: random.Random) -> bool:
     """Wait for the moment of the fault; False when the run ends before."""
     first, delay = run.steps, choose.uniform(0.0, 0.2)
     target = first + choose.randrange(1, 2 * EVERY)
+    if kind.moment == "now":
+        return not run.over
     if kind.moment == "start":
         return strike_while_starting(run, choose)
     reached: Callable[[], bool] = run.saving if kind.moment == "save" else lambda: run.steps >= target
@@ -261,65 +233,6 @@ def strike_while_starting(run: Run, choose: random.Random) -> bool:
     wait_for(run, lambda: bool({process.pid for process in run.ranks()} - old))
     time.sleep(choose.uniform(0.0, 3.0))
     return not run.over and bool(run.ranks())
-
-
-def wait_for_training(run: Run, before: int) -> None:
-    """Wait until other processes than those before, which began another file of metrics, have trained a step."""
-    wait_for(run, lambda: run.metrics_file not in (before, 0))
-    steps = run.steps
-    wait_for(run, lambda: run.steps > steps)
-
-
-def wait_for(run: Run, condition: Callable[[], bool]) -> None:
-    """Wait for something that a run does, unless it ends before."""
-    if not wait_until(lambda: run.over or condition()):
-        raise LostError(f"it did not go on within {PATIENCE:g} s\n{run.said()[-2000:]}")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.003)
-    return True
-
-
-def survivors(folder: Path) -> Iterator[psutil.Process]:
-    """Processes of a run that are still there."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
-def count_survivors(folder: Path) -> int:
-    """How many processes are left a moment after their launcher has ended; they are ended too."""
-    wait_until(lambda: not any(survivors(folder)), seconds=5)
-    left = list(survivors(folder))
-    for process in left:
-        send(process, signal.SIGKILL)
-    return len(left)
-
-
-def lost_checkpoints(run: Run, before: list[Path]) -> int:
-    """Checkpoints that are damaged now, and the newest one of before when nothing as new is there."""
-    damaged = sum(not is_whole(checkpoint) for checkpoint in run.checkpoints if checkpoint not in run.damaged)
-    gone = bool(before) and (not run.checkpoints or run.checkpoints[-1] < before[-1])
-    return damaged + gone
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file has the length and the checksum that the manifest tells."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
-        contents = {name: (checkpoint / name).read_bytes() for name in files}
-    except (OSError, ValueError):
-        return False
-    return all(
-        len(contents[name]) == told["bytes"] and f"{zlib.crc32(contents[name]):08x}" == told["crc32"]
-        for name, told in files.items()
-    )
 
 
 # ---------------------------------------------------------------- all runs
@@ -343,38 +256,45 @@ def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequenc
     choose, tally = random.Random(seed), Tally()
     undisturbed: dict[str, list[str]] = {}
     while tally.faults < faults:
-        layout = LAYOUTS[tally.runs % len(LAYOUTS)]
+        layout = LAYOUTS[choose.randrange(len(LAYOUTS))]
         if layout not in undisturbed:
             undisturbed[layout] = undisturbed_losses(folder, layout)
-        drawn = choose.choices(kinds, [kind.weight for kind in kinds], k=min(per_run, faults - tally.faults))
-        run = prepare(folder / f"run-{tally.runs}", layout)
-        tally.runs += 1
-        try:
-            disturbed_run(run, drawn, choose, tally)
-            tally.curves_unequal += run.losses() != undisturbed[layout]
-            tally.checkpoints_lost += lost_checkpoints(run, [])
-        except (LostError, subprocess.TimeoutExpired) as error:
-            tally.runs_lost.append(f"run {tally.runs - 1}: {error}")
-            run.process.kill()
-        tally.orphans += count_survivors(run.folder)
+        if tally.runs % 4 == 3 and "nodes" not in tally.lacking:
+            drawn = [kind for kind in kinds if kind.takes == "nodes"] * NODE_FAULTS
+        else:
+            possible = [kind for kind in kinds if kind.takes not in tally.lacking]
+            weights = [kind.weight for kind in possible]
+            drawn = choose.choices(possible, weights, k=min(per_run, faults - tally.faults))
+        with ExitStack() as place:
+            run = place_run(folder / f"run-{tally.runs}", layout, {kind.takes for kind in drawn}, place, tally)
+            if run is None:
+                continue
+            tally.runs += 1
+            try:
+                disturbed_run(run, drawn, choose, tally)
+                tally.curves_unequal += run.losses() != undisturbed[layout]
+                tally.checkpoints_lost += lost_checkpoints(run, [])
+            except (LostError, subprocess.TimeoutExpired) as error:
+                tally.runs_lost.append(f"run {tally.runs - 1}: {error}")
+                run.process.kill()
+            tally.orphans += count_survivors(run.folder)
         print(f"run {tally.runs}: {tally.faults} of {faults} faults", file=sys.stderr, flush=True)
     return tally
 
 
-def prepare(folder: Path, layout: str) -> Run:
-    folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
-    lines = (f"{n} times {n} is {n * n}, and that is all.\n" for n in range(400))
-    (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
-    return Run(folder, layout)
-
-
-def undisturbed_losses(folder: Path, layout: str) -> list[str]:
-    run = prepare(folder / f"undisturbed-{layout}", layout)
-    run.start()
-    if run.process.wait(PATIENCE):
-        raise SystemExit(run.said())
-    return run.losses()
+def place_run(folder: Path, layout: str, takes: set[str], place: ExitStack, tally: Tally) -> Run | None:
+    """A run on the nodes or the disk that its faults take; None where this machine has none, which is noted."""
+    try:
+        run = prepare(folder, layout, place.enter_context(network(2)) if "nodes" in takes else None)
+        if "disk" in takes:
+            place.enter_context(small_disk(run))
+        return run
+    except NotPermittedError as error:
+        tally.lacking["nodes"] = str(error)
+    except PermissionError as error:
+        tally.lacking["disk"] = f"no mounts: {error}"
+        shutil.rmtree(folder)
+    return None
 
 
 def table(tally: Tally, seed: int) -> str:
@@ -388,6 +308,7 @@ def table(tally: Tally, seed: int) -> str:
         f"{tally.runs} runs: {len(tally.runs_lost)} lost, {tally.curves_unequal} with other losses than undisturbed, "
         f"{tally.checkpoints_lost} valid checkpoints lost, {tally.unnoticed} of {tally.damaged} damaged not named, "
         f"{tally.orphans} orphan processes.",
+        *(f"Left out, since this machine has no {name}: {reason}" for name, reason in tally.lacking.items()),
         *tally.runs_lost,
     ]
     return "\n".join(lines)

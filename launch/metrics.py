@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +58,7 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._steps, self._evaluations = (_open_before(directory / name, first_step) for name in (FILE, EVALUATIONS))
+        self._steps, self._evaluations = (_Lines(directory / name, first_step) for name in (FILE, EVALUATIONS))
         self._events = _start_events(directory, first_step) if tensorboard else None
 
     def write(self, metrics: StepMetrics) -> None:
@@ -120,10 +120,31 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def _open_before(file: Path, first_step: int) -> TextIO:
-    """The file, without the lines from `first_step` on, ready to be written line by line."""
-    _keep_steps_before(file, first_step)
-    return file.open("a", buffering=1, encoding="utf-8")
+class _Lines:
+    """A file without its lines from `first_step` on, to which lines are added at once.
+
+    What a full disk does not take is kept, told once, and written as soon as it does: training goes on.
+    """
+
+    def __init__(self, file: Path, first_step: int) -> None:
+        _keep_steps_before(file, first_step)
+        self._name, self._file = file, file.open("ab", buffering=0)
+        self._left = b""
+        self._told = False
+
+    def write(self, line: str) -> None:
+        self._left += line.encode()
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            if not self._told:
+                _say(f"{self._name} cannot be written ({error.strerror}); its lines are kept until it can be")
+            self._told = True
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
 
 
 def _keep_steps_before(file: Path, first_step: int) -> None:
@@ -188,4 +209,8 @@ def _without_failing(close: Any) -> None:
 
 
 def _tell(error: Exception) -> None:
-    print(f"TensorBoard events are not written: {error or type(error).__name__}", file=sys.stderr, flush=True)
+    _say(f"TensorBoard events are not written: {error or type(error).__name__}")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

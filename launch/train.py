@@ -134,8 +134,7 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest, record: Rank
     with ExitStack() as stack:
         watch = None
         if dist.get_rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+            _keep_settings(settings, directory)
             keep_vocabulary(tokens.tokenizer, settings.corpus.tokenizer, directory)
             watch = _Watch(settings, engine, directory, trainer.step)
             stack.enter_context(watch.writer)
@@ -173,6 +172,14 @@ def _prepare(settings: Settings) -> TokenisedCorpus:
     tokens = work() if dist.get_rank() == 0 else None
     dist.barrier()
     return tokens or work()
+
+
+def _keep_settings(settings: Settings, directory: Path) -> None:
+    """Write them beside and rename: the same command must find those of before whole, whenever this one ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    work = directory / "config.yaml.part"
+    work.write_text(dump_settings(settings), encoding="utf-8")
+    work.replace(directory / "config.yaml")
 
 
 class _Watch:

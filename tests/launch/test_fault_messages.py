@@ -48,9 +48,12 @@ MODULES = (
     *(f"parallel/pipeline/{name}.py" for name in ("run", "transport")),
     *(
         f"src/weft/launch/{name}.py"
-        for name in ("agent", "checkpoint_command", "checkpoints", "failures", "launcher", "not_finite", "replan")
+        for name in ("agent", "checkpoint_command", "checkpoints", "failures", "launcher", "metrics", "not_finite")
     ),
-    *(f"src/weft/launch/{name}.py" for name in ("replicas", "reshard", "saved_run", "train", "train_command")),
+    *(
+        f"src/weft/launch/{name}.py"
+        for name in ("replan", "replicas", "reshard", "saved_run", "train", "train_command")
+    ),
 )
 PAGES = ("faults.md", "reliability.md")
 LIMIT = 0.5

@@ -1,10 +1,14 @@
 """Metrics: full precision, no step twice, TensorBoard that cannot stop a run; the arithmetic of FLOPs."""
 
+import errno
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +52,31 @@ def test_a_step_is_in_the_file_before_the_next_begins(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(StepMetrics(step=1))
         assert [metrics.step for metrics in read_metrics(tmp_path)] == [1]
+
+
+def test_a_full_disk_is_told_once_and_leaves_out_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    room = [1000]
+
+    class Disk(io.FileIO):
+        def write(self, data: Any) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            count = super().write(data[: room[0]]) or 0
+            room[0] -= count
+            return count
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, **_: Disk(self, mode))
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 9):
+            writer.write(StepMetrics(step=step))
+        assert len(read_metrics(tmp_path)) < 8
+        room[0] = 10_000
+    assert [metrics.step for metrics in read_metrics(tmp_path)] == list(range(1, 9))
+    assert capfd.readouterr().err == (
+        f"{tmp_path / FILE} cannot be written (No space left on device); its lines are kept until it can be\n"
+    )
 
 
 def test_a_resumed_run_leaves_each_step_once(tmp_path: Path) -> None:

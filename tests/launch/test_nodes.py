@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch.nodes import Network, NotPermittedError, network
+from benchmarks.nodes import Network, NotPermittedError, network
 from tests.launch.test_train import SETTINGS
 
 PATIENCE = 120.0

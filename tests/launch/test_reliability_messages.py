@@ -4,9 +4,12 @@ import errno
 import os
 import pickle
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tests.parallel.checkpoint.small import SHARD, alone
 from tests.parallel.checkpoint.test_hostile import change
 from weft.launch.checkpoints import Checkpoints
 from weft.launch.errors import RunError, UserError
+from weft.launch.metrics import MetricsWriter, StepMetrics
 from weft.launch.preflight import check_directory, check_run
 from weft.launch.reshard import reshard
 from weft.launch.saved_run import read_run
@@ -153,6 +157,19 @@ def full_disk(last: bool) -> Scenario:
     return scenario
 
 
+def full_disk_of_metrics(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    if not Path("/dev/full").exists():
+        pytest.skip("the file that is a full disk is Linux's")
+    (path / "run").mkdir()
+    (path / "run/metrics.jsonl").symlink_to("/dev/full")
+    with redirect_stderr(StringIO()) as screen, pytest.MonkeyPatch.context() as broken:
+        broken.setattr("weft.launch.metrics._keep_steps_before", lambda *_: None)
+        broken.setitem(sys.modules, "torch.utils.tensorboard", None)
+        writer = MetricsWriter(path / "run")
+        writer.write(StepMetrics(step=1))
+    return screen.getvalue().splitlines()
+
+
 def slow_disk(checkpoints: Checkpoints, path: Path, patch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
     patch.setattr(os, "fsync", lambda descriptor: (time.sleep(0.2), fsync(descriptor))[1])
@@ -249,6 +266,7 @@ SCENARIOS: list[Scenario] = [
     may_not_write,
     full_disk(last=False),
     full_disk(last=True),
+    full_disk_of_metrics,
     slow_disk,
     cannot_remove,
     bad_duration,
