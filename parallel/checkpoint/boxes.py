@@ -3,7 +3,9 @@
 Every shard, in whatever layout, is a few blocks of the full tensor: they are all that a checkpoint knows of layouts.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -52,6 +54,28 @@ class Box(NamedTuple):
 def whole(shape: Shape) -> Box:
     """All of a tensor of this shape."""
     return Box((0,) * len(shape), tuple(shape))
+
+
+def tiles(outer: Box, boxes: Sequence[Box]) -> bool:
+    """Whether the boxes, which lie in `outer`, make it up: each entry is in one of them.
+
+    The mixed difference of a box's indicator function is ±1 at the corners and 0 elsewhere, and determines it: so the
+    corners of the boxes must add up to those of `outer`. Takes 2^k steps for a box where boxes are cut along k dims.
+    """
+    filled = [box for box in boxes if box.size]
+    if not outer.size:
+        return not filled
+    cut = [dim for dim, length in enumerate(outer.shape) if any(box.shape[dim] != length for box in filled)]
+    corners = Counter(_corners(outer, cut))
+    for box in filled:
+        corners.subtract(_corners(box, cut))
+    return bool(filled) and not any(corners.values())
+
+
+def _corners(box: Box, dims: Sequence[int]) -> dict[Shape, int]:
+    """The corners in some dims, each with its sign: that of the number of ends among its coordinates."""
+    lines = [((box.offset[dim], 1), (box.offset[dim] + box.shape[dim], -1)) for dim in dims]
+    return {tuple(at for at, _ in corner): prod(sign for _, sign in corner) for corner in product(*lines)}
 
 
 def flat_run(shape: Shape, start: int, stop: int) -> Iterator[Box]:

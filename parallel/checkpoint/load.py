@@ -44,7 +44,7 @@ def load_checkpoint(directory: Path, entries: Iterable[Entry], *, only: str = ""
     manifest = together(lambda: read_manifest(directory))
     _check_names(directory, manifest, held, only)
     with PieceReader(directory, manifest) as reader:
-        together(lambda: _fill(directory, manifest, held, reader))
+        together(lambda: _fill(manifest, held, reader))
     return reader.bytes_read
 
 
@@ -52,17 +52,13 @@ def read_block(reader: PieceReader, manifest: Manifest, name: str, wanted: Box) 
     """One block of a stored tensor, in its own dtype, in host memory.
 
     Raises:
-        CheckpointError: a file is damaged, or the pieces leave a part of the block out.
+        CheckpointError: a file is damaged.
     """
     record = manifest.tensors[name]
     block = torch.empty(wanted.shape, dtype=getattr(torch, record.dtype))
-    filled = sum(
-        _copy(reader.read(name, piece), piece.box, block, wanted) for piece in record.pieces if _meet(piece, wanted)
-    )
-    if filled != wanted.size:
-        raise CheckpointError(
-            f"{reader.directory}: the pieces of {name} overlap or leave some of it out; choose another"
-        )
+    for piece in record.pieces:
+        if _meet(piece, wanted):
+            _copy(reader.read(name, piece), piece.box, block, wanted)
     return block
 
 
@@ -107,7 +103,7 @@ def _check_names(directory: Path, manifest: Manifest, entries: Sequence[Entry], 
         raise OtherModelError(f"{directory} is of another model: {'; '.join(filter(None, problems))}")
 
 
-def _fill(directory: Path, manifest: Manifest, entries: Sequence[Entry], reader: PieceReader) -> None:
+def _fill(manifest: Manifest, entries: Sequence[Entry], reader: PieceReader) -> None:
     targets: dict[str, list[tuple[Box, Tensor]]] = {}
     for entry in entries:
         if padded(entry):
@@ -119,23 +115,18 @@ def _fill(directory: Path, manifest: Manifest, entries: Sequence[Entry], reader:
         for piece in manifest.tensors[name].pieces
         if any(_meet(piece, box) for box, _ in blocks)
     ]
-    filled = dict.fromkeys(targets, 0)
     for piece, name in sorted(pieces, key=lambda pair: (pair[0].file, pair[0].begin)):
         stored = reader.read(name, piece)
-        filled[name] += sum(_copy(stored, piece.box, view, box) for box, view in targets[name])
-    for name, blocks in targets.items():
-        if filled[name] != sum(box.size for box, _ in blocks):
-            raise CheckpointError(f"{directory}: the pieces of {name} overlap or leave some of it out; choose another")
+        for box, view in targets[name]:
+            _copy(stored, piece.box, view, box)
 
 
 def _meet(piece: PieceRecord, wanted: Box) -> bool:
     return bool(piece.bytes) and piece.box.overlap(wanted) is not None
 
 
-def _copy(stored: Tensor, box: Box, target: Tensor, wanted: Box) -> int:
-    """Copy what the stored box and the wanted one have in common; returns how many entries that is."""
+def _copy(stored: Tensor, box: Box, target: Tensor, wanted: Box) -> None:
+    """Copy what the stored box and the wanted one have in common."""
     common = box.overlap(wanted)
-    if common is None:
-        return 0
-    target[common.inside(wanted)].copy_(stored[common.inside(box)])
-    return common.size
+    if common is not None:
+        target[common.inside(wanted)].copy_(stored[common.inside(box)])

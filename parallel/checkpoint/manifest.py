@@ -9,14 +9,13 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from itertools import pairwise
-from math import prod
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from weft.parallel.checkpoint.boxes import Box, whole
+from weft.parallel.checkpoint.boxes import Box, tiles, whole
 from weft.parallel.checkpoint.errors import CheckpointError
 from weft.parallel.checkpoint.files import looks_pickled, read_regular
 
@@ -27,6 +26,7 @@ ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
     "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
+MOST_CUT_DIMS, MOST_COMPARED = 8, 300
 _SELF_CHECK = re.compile(rb'\A\{\n "crc32": "([0-9a-f]{8})",')
 _NO_CHECKSUM = "00000000"
 
@@ -76,20 +76,30 @@ class TensorRecord(_Record):
         full = whole(self.shape)
         for piece in self.pieces:
             if len(piece.offset) != len(self.shape) or len(piece.shape) != len(self.shape):
-                return "has a piece of other dims"
+                return f"has a piece of other dims in {piece.file}"
             if piece.box.size and piece.box.overlap(full) != piece.box:
-                return "has a piece beyond its shape"
+                return f"has a piece beyond its shape in {piece.file}"
             if piece.bytes != piece.box.size * ITEM_BYTES[self.dtype]:
-                return "has a piece whose bytes are not those of its shape"
+                return f"has a piece whose bytes are not those of its shape in {piece.file}"
             if piece.file not in files:
                 return f"has a piece in {piece.file}, which is not listed"
             if piece.begin + piece.bytes > files[piece.file].bytes:
                 return f"has a piece beyond the end of {piece.file}"
-        if len({piece.offset for piece in self.pieces}) != len(self.pieces):
-            return "has two pieces in one place"
-        if sum(piece.box.size for piece in self.pieces) != prod(self.shape):
-            return "has pieces that do not make up its shape"
-        return None
+        return self._untiled()
+
+    def _untiled(self) -> str | None:
+        """Where the pieces leave out entries, or have some twice."""
+        dims = range(len(self.shape))
+        if sum(any(piece.shape[dim] != self.shape[dim] for piece in self.pieces) for dim in dims) > MOST_CUT_DIMS:
+            return f"is cut along more than {MOST_CUT_DIMS} dims"
+        if tiles(whole(self.shape), [piece.box for piece in self.pieces]):
+            return None
+        some = self.pieces[:MOST_COMPARED]  # a hostile manifest has no say in how long the search takes
+        for one, other in combinations(some, 2):
+            if one.box.overlap(other.box) is not None:
+                return f"has pieces that overlap in {' and '.join(sorted({one.file, other.file}))}"
+        files = sorted({piece.file for piece in self.pieces})
+        return f"has pieces that leave some of it out in {files[0] if files else 'every file'}"
 
 
 class Manifest(_Record):
@@ -103,15 +113,16 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _check_tensors(self) -> Self:
-        ends: dict[str, list[tuple[int, int]]] = {file: [] for file in self.files}
+        ends: dict[str, list[tuple[int, int, str]]] = {file: [] for file in self.files}
         for name, tensor in self.tensors.items():
             if problem := tensor.problem(self.files):
                 raise ValueError(f"tensor {name[:100]} {problem}")
             for piece in tensor.pieces:
-                ends[piece.file].append((piece.begin, piece.begin + piece.bytes))
+                ends[piece.file].append((piece.begin, piece.begin + piece.bytes, name))
         for file, ranges in ends.items():
-            if any(start < end for (_, end), (start, _) in pairwise(sorted(ranges))):
-                raise ValueError(f"{file} has pieces that overlap")
+            for (_, end, _), (start, _, name) in pairwise(sorted(ranges)):
+                if start < end:
+                    raise ValueError(f"tensor {name[:100]} has a piece in {file} that overlaps another one there")
         return self
 
     @property
@@ -176,5 +187,5 @@ def _first(error: ValidationError) -> str:
     """The first problem, shortened: a hostile manifest has no say in how long the sentence is."""
     detail = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part)[:60] for part in detail["loc"])[:120]
-    words = " ".join(detail["msg"].removeprefix("Value error, ").split())[:160]
+    words = " ".join(detail["msg"].removeprefix("Value error, ").split())[:240]
     return f"{where}: {words}" if where else words

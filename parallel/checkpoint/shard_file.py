@@ -76,7 +76,7 @@ class PieceReader:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.bytes_read = 0
-        self.directory, self._manifest = directory, manifest
+        self._directory, self._manifest = directory, manifest
         self._open: tuple[str, int] | None = None
         self._latest: tuple[PieceRecord, Tensor] | None = None
 
@@ -92,7 +92,7 @@ class PieceReader:
 
     def _read(self, tensor: str, piece: PieceRecord) -> Tensor:
         data = bytearray(piece.bytes)
-        path = self.directory / piece.file
+        path = self._directory / piece.file
         try:
             read_into(self._descriptor(piece.file), data, piece.begin)
         except OSError as error:
@@ -111,7 +111,7 @@ class PieceReader:
         if self._open is not None and self._open[0] == file:
             return self._open[1]
         self.close()
-        descriptor = open_regular(self.directory / file)
+        descriptor = open_regular(self._directory / file)
         self._open = (file, descriptor)
         if os.fstat(descriptor).st_size != self._manifest.files[file].bytes:
             raise OSError("its size is not the manifest's")

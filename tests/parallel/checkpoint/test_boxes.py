@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.parallel.checkpoint.boxes import Box, Shape, flat_run, whole
+from weft.parallel.checkpoint.boxes import Box, Shape, flat_run, tiles, whole
 from weft.parallel.checkpoint.keys import listed
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
@@ -54,6 +54,26 @@ def test_the_overlap_is_what_both_have(pair: tuple[Shape, Box, Box]) -> None:
     if common:
         inner = numbers(shape)[first.inside(everything)][common.inside(first)]
         assert inner.reshape(-1).tolist() == found
+
+
+@given(SHAPES, st.data())
+def test_boxes_tile_where_each_entry_is_in_one(shape: Shape, data: st.DataObject) -> None:
+    boxes = [whole(shape)]
+    for _ in range(data.draw(st.integers(0, 4 if shape else 0))):  # cut one, and one of what comes of it, and so on
+        box = boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
+        boxes += box.cut(data.draw(st.integers(0, len(shape) - 1)), data.draw(st.integers(1, 3)))
+    change = data.draw(st.sampled_from(["nothing", "gone", "twice", "moved"]))
+    chosen = boxes[data.draw(st.integers(0, len(boxes) - 1))]
+    if change == "gone":
+        boxes.remove(chosen)
+    elif change == "twice":
+        boxes.append(chosen)
+    elif change == "moved" and shape:
+        boxes[boxes.index(chosen)] = boxes[0]._replace(offset=(0,) * len(shape))
+    counts = torch.zeros(shape, dtype=torch.int64)
+    for box in boxes:
+        counts[box.inside(whole(shape))] += 1
+    assert tiles(whole(shape), boxes) == bool((counts == 1).all())
 
 
 @given(SHAPES.filter(bool), st.data())

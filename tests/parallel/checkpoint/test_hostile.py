@@ -89,6 +89,36 @@ def huge_piece(manifest: dict[str, Any]) -> None:
     manifest["tensors"] = {"model/layers.0.weight": tensor}
 
 
+def cut(*pieces: tuple[int, int]) -> Callable[[dict[str, Any]], None]:
+    """Say that these runs of rows, which together are as many as there are, are all of a tensor."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        whole = first_piece(manifest)
+        row = whole["bytes"] // whole["shape"][0]
+        places = [sum(rows for _, rows in pieces[:number]) for number in range(len(pieces))]  # side by side in the file
+        manifest["tensors"]["model/layers.0.weight"]["pieces"] = [
+            whole
+            | {"begin": whole["begin"] + place * row, "bytes": rows * row, "offset": [offset, 0]}
+            | {"shape": [rows, whole["shape"][1]]}
+            for place, (offset, rows) in zip(places, pieces, strict=True)
+        ]
+
+    return edit
+
+
+def share_bytes(manifest: dict[str, Any]) -> None:
+    scale = manifest["tensors"]["model/scale"]["pieces"][0]
+    scale["begin"] = first_piece(manifest)["begin"] + 4
+
+
+def cut_everywhere(manifest: dict[str, Any]) -> None:
+    """A tensor of 16 dims, of which each piece has half of each."""
+    piece = first_piece(manifest) | {"bytes": 4, "shape": [1] * 16}
+    pieces = [piece | {"offset": [number % 2] * 16, "begin": 8 + 4 * number} for number in range(2)]
+    manifest["tensors"]["model/layers.0.weight"] = {"shape": [2] * 16, "dtype": "float32", "pieces": pieces}
+
+
+WEIGHT = "tensor model/layers.0.weight"
 EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: first_piece(m).update(file="../../etc/passwd"), "not to be trusted"),
     (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "crc32": "0" * 8}}), "not to be trusted"),
@@ -102,8 +132,19 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m["tensors"]["model/scale"].update(shape=[-1]), "not to be trusted"),
     (lambda m: m["tensors"]["model/scale"].update(shape=[10**100]), "not to be trusted"),
     (lambda m: m["tensors"]["model/scale"].update(dtype="os.system"), "unknown dtype"),
-    (lambda m: m["tensors"]["model/scale"].update(pieces=[]), "do not make up its shape"),
-    (lambda m: m["tensors"]["model/scale"]["pieces"].append(m["tensors"]["model/scale"]["pieces"][0]), "in one place"),
+    (
+        lambda m: m["tensors"]["model/scale"].update(pieces=[]),
+        "tensor model/scale has pieces that leave some of it out in every file",
+    ),
+    (
+        lambda m: m["tensors"]["model/scale"]["pieces"].append(m["tensors"]["model/scale"]["pieces"][0]),
+        f"tensor model/scale has pieces that overlap in {SHARD}",
+    ),
+    (cut((0, 20), (10, 20)), f"{WEIGHT} has pieces that overlap in {SHARD}"),
+    (cut((0, 20), (21, 19)), f"{WEIGHT} has pieces that leave some of it out in {SHARD}"),
+    (cut((0, 20), (20, 21)), f"{WEIGHT} has a piece beyond its shape in {SHARD}"),
+    (share_bytes, f"has a piece in {SHARD} that overlaps another one there"),
+    (cut_everywhere, f"{WEIGHT} is cut along more than 8 dims"),
     (lambda m: m["tensors"]["model/scale"].update(code="import os"), "not to be trusted"),
     (lambda m: m.update(format=99), "not to be trusted"),
     (lambda m: m.update(metadata=[]), "not to be trusted"),
