@@ -24,9 +24,6 @@ from weft.parallel.records import Whereabouts, read_records
 PEER_SECONDS = 4
 """How long the ranks have to leave when another has failed; one that waits in a collective never would."""
 
-STOP_SECONDS = 30
-"""How long the ranks have to finish their step and save when the job is stopped."""
-
 LOOK_SECONDS = 1.0
 """Between two looks at what the ranks are doing."""
 
@@ -76,13 +73,14 @@ class Agent(LocalElasticAgent):
     Args:
         limit: seconds after which a rank that does not get on within a step is taken for hung. The other ranks should
             have given up before; this is for ranks that have none, and for when all of them hang.
+        stop_timeout: seconds that the ranks have to finish their step and save when the job is stopped.
 
     Attributes:
         error: why the ranks ended last, when they failed.
     """
 
-    def __init__(self, spec: WorkerSpec, logs: RankLogs, *, limit: float) -> None:
-        super().__init__(spec, logs, shutdown_timeout=STOP_SECONDS)
+    def __init__(self, spec: WorkerSpec, logs: RankLogs, *, limit: float, stop_timeout: int) -> None:
+        super().__init__(spec, logs, shutdown_timeout=stop_timeout)
         self.error: WeftError | None = None
         self.stopped_by: signal.Signals | None = None
         self._logs = logs
@@ -129,6 +127,9 @@ class Agent(LocalElasticAgent):
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
         return workers
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=self._shutdown_timeout)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:

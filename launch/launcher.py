@@ -36,6 +36,7 @@ class Job:
         fewest_nodes: with how many of them the job begins and goes on.
         logs: folder for the output of all ranks but rank 0, whose output is the launcher's own.
         timeout: longest wait for the other nodes, in seconds.
+        stop_timeout: longest time for the ranks to finish their step and save after a signal, in seconds.
         max_restarts: how often the ranks are started again after one has failed.
     """
 
@@ -47,6 +48,7 @@ class Job:
     nodes: int = 1
     fewest_nodes: int = 1
     timeout: int = 600
+    stop_timeout: int = 30
     max_restarts: int = 0
 
 
@@ -63,7 +65,8 @@ def launch(job: Job) -> None:
     prepare_environment(job.nodes)
     _silence_agent()
     meeting = BoundedRendezvous(get_rendezvous_handler(_rendezvous(job)), min(60, job.timeout))
-    agent = Agent(_worker_spec(job, meeting), RankLogs(logs), limit=HUNG * job.timeout + PEER_SECONDS)
+    limit = HUNG * job.timeout + PEER_SECONDS
+    agent = Agent(_worker_spec(job, meeting), RankLogs(logs), limit=limit, stop_timeout=job.stop_timeout)
     try:
         result = agent.run()
     except SignalException as error:

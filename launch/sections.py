@@ -144,6 +144,9 @@ class TrainSettings(Section):
         default="never", description="time after which the run saves and ends, such as 3h50m; the same command goes on"
     )
     timeout: AtLeastOne = Field(default=600, description="longest wait for another rank, in seconds")
+    stop_timeout: AtLeastOne = Field(
+        default=30, description="longest time to finish the step and save after a signal to stop, in seconds"
+    )
     not_finite: Literal["stop", "skip"] = Field(
         default="stop", description="what follows a step whose loss or gradient is not a finite number"
     )

@@ -78,6 +78,7 @@ def _start(config: str, overrides: tuple[str, ...], *, max_restarts: int | None,
         nodes=nodes,
         fewest_nodes=fewest,
         timeout=settings.train.timeout,
+        stop_timeout=settings.train.stop_timeout,
         max_restarts=restarts,
     )
     _launch(job, settings)

@@ -90,7 +90,10 @@ def _wait_for_all(folder: str) -> None:
 def main(function: str, ranks: str, folder: str, *overrides: str) -> int:
     from weft.launch.launcher import Job, launch
 
-    job = Job(f"{__spec__.name}:{function}", folder, overrides, int(ranks), Path(folder, "logs"))
+    stop_timeout = int(os.environ.get("STOP_TIMEOUT", Job.stop_timeout))
+    job = Job(
+        f"{__spec__.name}:{function}", folder, overrides, int(ranks), Path(folder, "logs"), stop_timeout=stop_timeout
+    )
     try:
         launch(job)
     except WeftError as error:

@@ -106,7 +106,7 @@ def failed_ranks(place: Place) -> list[str]:
 def agent_of(place: Place, **options: Any) -> Agent:
     job = Job("nothing:main", "none.yaml", (), 2, place.folder, **options)
     meeting = BoundedRendezvous(get_rendezvous_handler(one_node({}, timeout=30)), 30)
-    agent = Agent(launcher._worker_spec(job, meeting), RankLogs(place.folder), limit=0.0)
+    agent = Agent(launcher._worker_spec(job, meeting), RankLogs(place.folder), limit=0.0, stop_timeout=1)
     agent._bulletin = Bulletin(meeting.next_rendezvous().store, 0, 1)
     return agent
 

@@ -140,6 +140,17 @@ def test_stopped_job_saves_within_5_seconds(start: Start, tmp_path: Path, number
     assert output == ""
 
 
+def test_ranks_that_do_not_heed_a_stop_are_ended_when_their_time_is_over(start: Start, tmp_path: Path) -> None:
+    process = start(job.hang, STOP_TIMEOUT="1")
+    pids = wait_for_ranks(tmp_path)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert 1 < time.monotonic() - began < 20  # the default is 30
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not alive(pids)
+
+
 def test_second_signal_ends_hanging_ranks_at_once(start: Start, tmp_path: Path) -> None:
     process = start(job.hang)
     pids = wait_for_ranks(tmp_path)
