@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, SubprocessContext
 
 from weft.launch.errors import FinalError, RunError, UserError, WeftError
-from weft.launch.failures import RankFailure, explain, read_failures
+from weft.launch.failures import RankFailure, explain, flight_recorder, read_failures
 from weft.launch.nodes import Bulletin
 from weft.launch.signals import STOP_SIGNALS
 from weft.parallel.blame import describe
@@ -33,11 +33,15 @@ class RankLogs(LogsSpecs):
 
     Every start of the ranks has a folder of its own: `directory`, then `restart-1` in it, and so on; of several nodes
     each has its own in there, since they may share the disk.
+
+    Args:
+        variables: of the environment, for the ranks alone; those that the user has set stay as they are.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, variables: Mapping[str, str]) -> None:
         super().__init__(str(directory))
         self.directory = directory
+        self._variables = variables
         self.current = directory
         self._starts = 0
 
@@ -48,7 +52,9 @@ class RankLogs(LogsSpecs):
         for node in several:
             self.current /= f"node-{node}"
         self.current.mkdir(parents=True, exist_ok=True)
+        variables = {**self._variables, **flight_recorder(self.current.absolute())}
         for env in envs.values():
+            env |= {name: value for name, value in variables.items() if name not in os.environ}
             env["TORCHELASTIC_ERROR_FILE"] = self._path(env, "error.json")
         return LogsDest(
             stdouts={local: self._output(env, "stdout.log") for local, env in envs.items()},

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What gloo, NCCL, the store and sockets say when the other side is gone.
 _PEER_LOST = re.compile(r"by peer|broken pipe|connection|socket|timed out|timeout|remote process|NCCL", re.IGNORECASE)
 
+_FLIGHT = "flight-recorder-rank-"
+
 
 @dataclass(frozen=True)
 class RankFailure:
@@ -85,9 +87,24 @@ def explain(failures: Sequence[RankFailure], *, logs: Path) -> WeftError:
         return UserError(first.message)
     if first.kind == FinalError.__name__:
         return FinalError(first.message)
-    error = RunError(first.message if first.kind == RunError.__name__ else _sentence(first, logs))
+    error = RunError(_with_flight(first.message if first.kind == RunError.__name__ else _sentence(first, logs), logs))
     error.__cause__ = RuntimeError(f"on rank {first.rank}:\n{first.traceback}") if first.traceback else None
     return error
+
+
+def flight_recorder(logs: Path) -> dict[str, str]:
+    """The variables by which torch on NCCL writes what each rank has sent into `logs`, when a wait is too long."""
+    return {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(logs / _FLIGHT),
+    }
+
+
+def _with_flight(words: str, logs: Path) -> str:
+    if not any(logs.glob(f"{_FLIGHT}*")):
+        return words
+    return f"{words.rstrip('.')}; torch's flight recorder has written {logs / _FLIGHT}*, which torchfrtrace compares."
 
 
 def _sentence(failure: RankFailure, logs: Path) -> str:

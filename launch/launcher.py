@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from weft.launch.agent import PEER_SECONDS, Agent, RankLogs
 from weft.launch.errors import RunError, StoppedError
-from weft.launch.rendezvous import BoundedRendezvous, one_node, prepare_environment, several_nodes
+from weft.launch.rendezvous import BoundedRendezvous, one_node, rank_environment, several_nodes, store_for_each_start
 from weft.launch.signals import STARTED
 
 HUNG = 1.25
@@ -61,12 +61,16 @@ def launch(job: Job) -> None:
     """
     logs = job.logs / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True, exist_ok=True)
-    os.environ[STARTED] = str(time.monotonic())
-    prepare_environment(job.nodes)
+    variables = rank_environment(job.nodes) | {STARTED: str(time.monotonic())}
     _silence_agent()
+    with store_for_each_start():
+        _run(job, RankLogs(logs, variables))
+
+
+def _run(job: Job, logs: RankLogs) -> None:
     meeting = BoundedRendezvous(get_rendezvous_handler(_rendezvous(job)), min(60, job.timeout))
     limit = HUNG * job.timeout + PEER_SECONDS
-    agent = Agent(_worker_spec(job, meeting), RankLogs(logs), limit=limit, stop_timeout=job.stop_timeout)
+    agent = Agent(_worker_spec(job, meeting), logs, limit=limit, stop_timeout=job.stop_timeout)
     try:
         result = agent.run()
     except SignalException as error:

@@ -6,8 +6,8 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from torch.distributed import DistError
@@ -182,15 +182,26 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def prepare_environment(nodes: int) -> None:
-    """Set, where the user has not, what the ranks need to reach each other; they inherit it."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that share cores would wait for each other's threads
-    # Ranks that are started again would read what the ones before them left in a store that the agent kept.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+def rank_environment(nodes: int) -> dict[str, str]:
+    """What the ranks of this many nodes need to reach each other and to share the machine."""
+    variables = {"OMP_NUM_THREADS": "1"}  # ranks that share cores would wait for each other's threads
     if nodes == 1:
         loopback = "lo" if sys.platform == "linux" else "lo0"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # a laptop's own name often resolves to nothing
-        return
+        return variables | {"GLOO_SOCKET_IFNAME": loopback}  # a laptop's own name often resolves to nothing
     interface = interface_of(own_address(os.environ["MASTER_ADDR"]) or "")
     if interface and interface != "lo":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # a machine's own name often means its loopback
+        variables["GLOO_SOCKET_IFNAME"] = interface  # a machine's own name often means its loopback
+    return variables
+
+
+@contextmanager
+def store_for_each_start() -> Iterator[None]:
+    """Give each start of the ranks a store of its own: in the agent's they would read what those before them left."""
+    name = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

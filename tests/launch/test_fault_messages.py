@@ -100,13 +100,15 @@ def failed_ranks(place: Place) -> list[str]:
         ranks = Ranks(place.folder)
         leave(ranks)
         said.append(str(ranks.explain()))
-    return said
+    (place.folder / "flight-recorder-rank-0").touch()
+    ranks.died(1, 3)
+    return [*said, str(ranks.explain())]
 
 
 def agent_of(place: Place, **options: Any) -> Agent:
     job = Job("nothing:main", "none.yaml", (), 2, place.folder, **options)
     meeting = BoundedRendezvous(get_rendezvous_handler(one_node({}, timeout=30)), 30)
-    agent = Agent(launcher._worker_spec(job, meeting), RankLogs(place.folder), limit=0.0, stop_timeout=1)
+    agent = Agent(launcher._worker_spec(job, meeting), RankLogs(place.folder, {}), limit=0.0, stop_timeout=1)
     agent._bulletin = Bulletin(meeting.next_rendezvous().store, 0, 1)
     return agent
 

@@ -1,13 +1,24 @@
 """Where nodes meet: a clock that jumps harms nobody, and a meeting place that is gone is not waited for."""
 
+import os
 import time
 from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from weft.launch.rendezvous import BoundedRendezvous, interface_of, one_node, own_address, several_nodes
+from weft.launch.agent import RankLogs
+from weft.launch.rendezvous import (
+    BoundedRendezvous,
+    interface_of,
+    one_node,
+    own_address,
+    rank_environment,
+    several_nodes,
+    store_for_each_start,
+)
 
 
 @pytest.mark.parametrize("days", [1, -1])
@@ -60,6 +71,23 @@ def test_no_answer_and_a_bad_one_are_errors() -> None:
         handler.num_nodes_waiting()
     with pytest.raises(RendezvousConnectionError, match=r"^the store is gone$"):
         handler.next_rendezvous()
+
+
+def test_what_ranks_need_is_not_set_in_the_launchers_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = dict(os.environ)
+    rank = {"RANK": "1", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    with store_for_each_start():
+        assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+        RankLogs(tmp_path, rank_environment(1)).reify({0: rank})
+    assert dict(os.environ) == before
+    assert rank["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    assert "OMP_NUM_THREADS" not in rank  # the user's own is inherited
+    assert rank["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
+    assert (int(rank["TORCH_FR_BUFFER_SIZE"]), rank["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == (2000, "1")
 
 
 def test_a_machine_is_reached_by_the_address_that_leads_to_the_other_one() -> None:
