@@ -42,11 +42,21 @@ class Link(Section):
         return self.latency * 1e-6
 
 
+class Origin(Section):
+    """Where one figure comes from."""
+
+    source: Text
+    date: Text
+
+
 class Cluster(Section):
     """Equal nodes of equal devices: the vendor's figures, and what is reached of them."""
 
     source: Text = Field(description="where the figures come from")
     date: Text = Field(description="when they were read or measured")
+    sources: dict[str, Origin] | None = Field(
+        default=None, description="where single figures come from, by the names of these fields"
+    )
     peak_tflops: Annotated[dict[str, Above0], Field(min_length=1)] = Field(
         description="dense TFLOP/s of one device by number format: fp32, bf16, fp16, fp8, fp4"
     )
@@ -101,7 +111,8 @@ def load_cluster(name: str) -> Cluster:
         return _checked(_named(name), f"cluster {name}")
     values = read_yaml_file(Path(name))
     if "like" in values:
-        values = _merged(_named(str(values["like"])), {key: value for key, value in values.items() if key != "like"})
+        own = {key: value for key, value in values.items() if key != "like"}
+        values = _merged(_without_sources(_named(str(values["like"])), own), own)
     return _checked(values, name)
 
 
@@ -123,6 +134,11 @@ def _named(name: str) -> dict[str, Any]:
 @cache
 def _table() -> dict[str, Any]:
     return read_yaml_file(TABLE)
+
+
+def _without_sources(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`base` without the sources of figures that `own` has."""
+    return base | {"sources": {name: origin for name, origin in base["sources"].items() if name not in own}}
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
