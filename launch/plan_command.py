@@ -2,14 +2,20 @@
 
 import json
 import os
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from weft.launch.errors import UserError
-from weft.launch.plan.ask import cluster_of, layout_as_set, settings_with, space_of
+from weft.launch.plan.ask import cluster_of, devices_of, layout_as_set, settings_with, space_of
+from weft.launch.plan.cluster import Cluster
 from weft.launch.plan.report import nowhere_text, plan_json, plan_text
 from weft.launch.plan.search import Candidate, Plan, Planner
+from weft.launch.plan.uneven import Troubles
+from weft.launch.plan.uneven_report import read_troubles, uneven_json, uneven_layouts, uneven_text
 from weft.launch.sections import Settings
 from weft.launch.settings import check_layout, dump_settings, load_settings
 
@@ -21,6 +27,18 @@ from weft.launch.settings import check_layout, dump_settings, load_settings
 @click.option("--write", type=click.Path(path_type=Path), help="Write the settings with the best layout in them.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures of the plan.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: sizes in bytes, times in seconds.")
+@click.option(
+    "--slow-node",
+    multiple=True,
+    metavar="NODE=FACTOR",
+    help="What if a node computed FACTOR times longer? Nodes count from 0; may be given several times.",
+)
+@click.option(
+    "--lost-link",
+    multiple=True,
+    metavar="NODE[=COUNT]",
+    help="What if a node lost COUNT (1) of its links to the network, one for each device?",
+)
 @click.option("--validate", type=click.Path(path_type=Path), help="Judge the planner on a CSV file of published runs.")
 def plan_command(
     config: str | None,
@@ -29,6 +47,8 @@ def plan_command(
     write: Path | None,
     html: Path | None,
     as_json: bool,
+    slow_node: tuple[str, ...],
+    lost_link: tuple[str, ...],
     validate: Path | None,
 ) -> None:
     """Rank the layouts of a job: predicted memory, step time and utilisation, and why the others lose.
@@ -37,27 +57,57 @@ def plan_command(
     whose device is a name or a YAML file.
     """
     if validate is not None:
-        if config is not None or write is not None or html is not None:
-            raise UserError("--validate takes a CSV file alone; leave out CONFIG, --write and --html.")
+        if config is not None or write is not None or html is not None or slow_node or lost_link:
+            raise UserError("--validate takes a CSV file alone; leave out CONFIG and the other options but --json.")
         _validate(validate, as_json)
         return
     if config is None:
         raise UserError("weft plan needs a settings file; for example: weft plan configs/demo.yaml.")
-    _plan(load_settings(config, overrides), top, write, html, as_json)
-
-
-def _plan(settings: Settings, top: int, write: Path | None, html: Path | None, as_json: bool) -> None:
+    settings = load_settings(config, overrides)
     cluster = cluster_of(settings)
+    troubles = _troubles(settings, cluster, slow_node, lost_link)
+    _plan(settings, cluster, troubles, top=top, write=write, html=html, as_json=as_json)
+
+
+def _troubles(settings: Settings, cluster: Cluster, slow: Sequence[str], lost: Sequence[str]) -> Troubles:
+    if not slow and not lost:
+        return Troubles()
+    devices = devices_of(settings, cluster)
+    if settings.cluster.device in ("auto", "cpu") or cluster.processors is not None:
+        option = "--slow-node" if slow else "--lost-link"
+        raise UserError(
+            f"{option} asks about nodes of a cluster, but cluster.device is {settings.cluster.device}, one machine "
+            "whose cores are shared; name a device such as h100-sxm, and cluster.nodes."
+        )
+    per_node = cluster.devices_per_node
+    return read_troubles(slow, lost, -(-devices // per_node), per_node)
+
+
+def _plan(
+    settings: Settings,
+    cluster: Cluster,
+    troubles: Troubles,
+    *,
+    top: int,
+    write: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
     space = space_of(settings, cluster)
     planner = Planner(space, cluster)
     plan = planner.search()
     _check_found(plan)
     own = layout_as_set(settings, space)
     as_set = None if own is None else planner.price(own, simulate=True)
+    uneven = uneven_layouts(plan, troubles, top, as_set) if troubles else []
     if as_json:
-        click.echo(json.dumps(plan_json(plan, planner, top, as_set), indent=2))
+        found = plan_json(plan, planner, top, as_set)
+        click.echo(json.dumps(found | {"uneven": uneven_json(uneven)} if troubles else found, indent=2))
     else:
-        click.echo(plan_text(plan, planner, top, as_set))
+        width, colour = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
+        click.echo(plan_text(plan, planner, top, as_set, width=width, colour=colour))
+        if troubles:
+            click.echo(f"\n{uneven_text(plan, troubles, uneven)}")
     if html is not None:
         _write_page(html, settings, plan, planner, top, as_set)
     if write is not None:

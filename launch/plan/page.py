@@ -7,7 +7,7 @@ from weft.launch.plan.layout import Layout
 from weft.launch.plan.pictures import frontier_svg, memory_svg, pipeline_svg, time_svg
 from weft.launch.plan.reasons import size_text
 from weft.launch.plan.report import plan_json
-from weft.launch.plan.search import Candidate, Plan, Planner
+from weft.launch.plan.search import TIE, Candidate, Plan, Planner
 from weft.launch.units import count_text, milliseconds_text
 
 
@@ -33,6 +33,7 @@ def write_page(path: Path, plan: Plan, planner: Planner, *, name: str, top: int,
         name=name,
         plan=plan,
         data=plan_json(plan, planner, top, as_set),
+        tie=TIE,
         memory=Markup(memory_svg(plan)),
         time=Markup(time_svg(plan)),
         frontier=Markup(frontier_svg(plan)),

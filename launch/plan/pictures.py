@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from weft.launch.plan import pipeline
 from weft.launch.plan.block import Model
+from weft.launch.plan.drawing import drawn_timeline
 from weft.launch.plan.search import Candidate, Plan
 from weft.launch.plan.stages import stage_times
 from weft.launch.svg import INK, draw_svg
@@ -69,14 +69,11 @@ def frontier_svg(plan: Plan) -> str:
 
 def pipeline_svg(plan: Plan) -> str | None:
     """The best layout's pipeline in time, as simulated, of no more microbatches than show its shape."""
-    layout = plan.fitting[0].layout
+    layout, space = plan.best.layout, plan.space
     if not 1 < layout.pipeline <= TIMELINE_RANKS:
         return None
-    space = plan.space
     times = stage_times(Model(space.shape, space.job, layout, space.recipe, plan.cluster))
-    count = min(layout.microbatches(space.job), TIMELINE_ROUNDS * layout.pipeline)
-    shown = pipeline.timeline(layout, times, count, times.send)
-    return timeline_svg(shown, f"{layout.schedule}, {count} microbatches, in seconds")
+    return timeline_svg(*drawn_timeline(plan, times, layout, most=TIMELINE_ROUNDS * layout.pipeline))
 
 
 def _frontier(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -1,5 +1,6 @@
 """Seconds from the first forward to the last backward of a pipeline, in closed form and by simulation of its table."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from weft.launch.plan.flight import V_SHAPED, schedule_of
@@ -7,6 +8,8 @@ from weft.launch.plan.layout import Layout
 from weft.launch.plan.stages import StageTimes
 from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
 from weft.parallel.pipeline.timeline import Timeline
+
+Send = float | Callable[[int, int], float]  # for all pairs of ranks, or of source and destination
 
 SIMULATED_ROUNDS = 6  # microbatches that are simulated, in units of the pipeline's ranks; the rest is steady
 
@@ -71,29 +74,31 @@ def simulated(layout: Layout, times: StageTimes, microbatches: int, *, joined: b
     busy = _busy(layout, times, microbatches)
     if layout.pipeline == 1:
         return PipelineTime(busy, 0.0, busy)
-    whole = _length(layout, times, microbatches, times.send, joined=joined)
-    free = _length(layout, times, microbatches, 0.0, joined=joined) if times.send else whole
+    whole = length(layout, times, microbatches, times.send, joined=joined)
+    free = length(layout, times, microbatches, 0.0, joined=joined) if times.send else whole
     return PipelineTime(busy, max(0.0, whole - free), whole)
 
 
-def timeline(layout: Layout, times: StageTimes, microbatches: int, send: float) -> Timeline:
+def timeline(layout: Layout, times: StageTimes, microbatches: int, send: Send) -> Timeline:
     """Of all ranks of the pipeline."""
     costs = ScheduleCosts(times.forward, times.input_gradient, times.weight_gradient, send=send)
     return simulate_schedule(schedule_of(layout, microbatches), costs)
 
 
-def _length(layout: Layout, times: StageTimes, microbatches: int, send: float, *, joined: bool) -> float:
-    def length(count: int) -> float:
+def length(layout: Layout, times: StageTimes, microbatches: int, send: Send, *, joined: bool) -> float:
+    """Seconds of a pipeline whose steady state goes on as it does in its first rounds."""
+
+    def simulated_length(count: int) -> float:
         drawn = timeline(layout, times, count, send)
         return drawn.makespan if joined else max(drawn.spans)
 
     most = SIMULATED_ROUNDS * layout.pipeline
     if microbatches <= most or layout.schedule in ("gpipe", "looped-bfs"):
-        return length(microbatches)
+        return simulated_length(microbatches)
     rest = (microbatches - most) % layout.pipeline
     end = most - layout.pipeline + rest
     begin = end - 2 * layout.pipeline
-    later, sooner = length(end), length(begin)
+    later, sooner = simulated_length(end), simulated_length(begin)
     return later + (microbatches - end) * (later - sooner) / (end - begin)
 
 

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from weft.launch.plan.breakdown import Memory, StepTime
+from weft.launch.plan.drawing import best_timeline_text
 from weft.launch.plan.flops import hardware_flops, model_flops, palm_flops
 from weft.launch.plan.layout import Layout
 from weft.launch.plan.reasons import largest_part, size_text, why_slower, why_too_large
@@ -26,11 +27,15 @@ def utilization(plan: Plan, candidate: Candidate) -> dict[str, float]:
     }
 
 
-def plan_text(plan: Plan, planner: Planner, top: int, as_set: Candidate | None) -> str:
-    """The ranked table, the winner in detail, and why others lose."""
+def plan_text(
+    plan: Plan, planner: Planner, top: int, as_set: Candidate | None, *, width: int = 120, colour: bool = False
+) -> str:
+    """The ranked table, the winner in detail with its pipeline in `width` columns, and why others lose."""
     blocks = [_headline(plan)]
     if plan.fitting:
         blocks += [_ranked(plan, top), *_winner(plan, planner)]
+        if drawn := best_timeline_text(plan, planner, width=width, colour=colour):
+            blocks.append(drawn)
         blocks.append("\n".join(["Why others lose", *_losers(plan, planner, as_set)]))
     return "\n\n".join(blocks)
 
@@ -103,7 +108,7 @@ def _ranked(plan: Plan, top: int) -> str:
         for place, candidate in enumerate(plan.fitting[:top], 1)
     ]
     note = f"* the one to take: of all within {100 * TIE:g} % of the fastest, it has fewest microbatches."
-    return f"{_table(header, rows)}\n{note}"
+    return f"{aligned(header, rows)}\n{note}"
 
 
 def _winner(plan: Plan, planner: Planner) -> Iterator[str]:
@@ -118,7 +123,7 @@ def _winner(plan: Plan, planner: Planner) -> Iterator[str]:
     )
     yield _rank_map(plan, best)
     if best.layout.pipeline > 1:
-        yield f"Its timeline, in milliseconds:  {_drawing(plan, planner, best.layout)}"
+        yield f"Its timeline in full, in milliseconds:  {_drawing(plan, planner, best.layout)}"
 
 
 def _drawing(plan: Plan, planner: Planner, layout: Layout) -> str:
@@ -135,12 +140,12 @@ def _time_lines(time: StepTime) -> str:
     rows = [
         (name, milliseconds_text(value), f"{100 * value / time.total:.1f} %") for name, value in _present(time.parts)
     ]
-    return _table(("", "time", "share"), rows)
+    return aligned(("", "time", "share"), rows)
 
 
 def _memory_lines(memory: Memory) -> str:
     rows = [(name, size_text(value), f"{100 * value / memory.total:.1f} %") for name, value in _present(memory.parts)]
-    return _table(("", "size", "share"), rows)
+    return aligned(("", "size", "share"), rows)
 
 
 def _present(parts: dict[str, float]) -> list[tuple[str, float]]:
@@ -191,7 +196,7 @@ def _reason(plan: Plan, planner: Planner, candidate: Candidate) -> str:
     return why_slower(candidate, plan.best)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Right-aligned columns below the header; the last one, of words, is left-aligned where it is long."""
     cells = [header, *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]

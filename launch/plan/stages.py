@@ -60,7 +60,7 @@ def stage_times(model: Model, pieces: Pieces | None = None) -> StageTimes:
         if content not in known:
             known[content] = _stage(pieces, *content)
         stages.append(known[content])
-    return StageTimes(tuple(stages), _send(model), model.cluster.microbatch_overhead * 1e-6)
+    return StageTimes(tuple(stages), send_time(model), model.cluster.microbatch_overhead * 1e-6)
 
 
 def _stage(pieces: Pieces, layers: int, with_experts: int, first: bool, last: bool) -> PieceTime:
@@ -74,8 +74,8 @@ def total(pieces: list[tuple[PieceTime, int]]) -> PieceTime:
     return PieceTime(*(sum(times * getattr(piece, name) for piece, times in pieces) for name in _KINDS))
 
 
-def _send(model: Model) -> float:
-    """A stage's output; tensor ranks that all hold it whole send a part each and gather it behind.
+def send_time(model: Model) -> float:
+    """Seconds of a stage's output; tensor ranks that all hold it whole send a part each and gather it behind.
 
     The scatter-gather optimisation of Narayanan et al. 2021, §4.1.
     """

@@ -33,3 +33,16 @@ def test_page_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.Capt
     assert run(["plan", str(ROOT / "configs/demo.yaml"), *GPUS, "--html", str(path)]) == 2
     error = f"--html {path} cannot be written (No such file or directory); choose another path."
     assert capsys.readouterr().err.strip() == error
+
+
+def test_page_shows_the_layout_to_take_and_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster, path = tmp_path / "tiny.yaml", tmp_path / "plan.html"
+    cluster.write_text("like: cpu\nmemory: 0.3125\n")
+    own = [f"cluster.device={cluster}", "cluster.devices_per_node=4"]
+    assert run(["plan", str(ROOT / "configs/demo.yaml"), *own, "--html", str(path)]) == 0
+    page = path.read_text(encoding="utf-8")
+    (row,) = re.findall(r"<tr><td class=\"number\">\d+ \*</td>.*</tr>", page)
+    label = next(line for line in capsys.readouterr().out.splitlines() if re.match(r"\d+ \*", line)).split("  ")[-1]
+    assert label.strip() in row
+    assert "The pipeline of the best layout" in page
+    assert "of 32 microbatches, in seconds" in page

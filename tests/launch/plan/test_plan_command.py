@@ -1,6 +1,7 @@
 """`weft plan`: a ranked table, a settings file ready to train, JSON, and one sentence for nonsense."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,12 @@ def test_the_timeline_of_the_best_can_be_drawn(tmp_path: Path, capsys: pytest.Ca
     file = tmp_path / "tiny.yaml"
     file.write_text("like: cpu\nmemory: 0.3125\n")
     assert run(["plan", DEMO, f"cluster.device={file}", "cluster.devices_per_node=4"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "weft schedule" in line]
+    text = capsys.readouterr().out
+    drawn = text[text.index("\nrank 0 F0") : text.index("\nWhy others lose")]
+    assert re.search(r"\nrank 1 +F0.*B0", drawn)
+    assert re.search(r"1f1b, \d+ of 32 microbatches, in seconds .* bubble", drawn)
+    assert "\x1b" not in text
+    (line,) = [line for line in text.splitlines() if "weft schedule" in line]
     assert run(line.partition("weft ")[2].split()) == 0
     assert "bubble" in capsys.readouterr().out
 
