@@ -76,7 +76,6 @@ def _measure(settings: Any) -> Held:
     with track_memory() as memory:
         engine = Engine(config, settings, build_mesh(data=RANKS))
         engine.step(0, tokens, tokens)
-        engine.updates.replicas.begin()
         between, finish = memory.count("cpu"), engine.updates.replicas.finish
         before_update = []
 

@@ -55,6 +55,11 @@ class GradientBuckets:
         for bucket in self.buckets:
             bucket.zero()
 
+    def release(self) -> None:
+        """Give the memory of all gradients away, until `zero` is called."""
+        for bucket in self.buckets:
+            bucket.release()
+
     def arm(self) -> None:
         """The next backward is the last of the step: reduce each bucket as soon as its gradients are complete."""
         self._armed = self.mesh.size() > 1
@@ -104,7 +109,14 @@ class Bucket:
             parameter.grad = self.flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
 
+    def release(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.flat.untyped_storage().resize_(0)
+
     def zero(self) -> None:
+        if not self.flat.untyped_storage().nbytes():
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
         self.flat.zero_()
         if any(parameter.grad is None for parameter in self.parameters):
             self.attach()

@@ -33,7 +33,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"DeepSpeed is missing ({error}); pip install 'weft[deepspeed]'") from None
 
-from weft.parallel.data.buckets import BUCKET_BYTES  # noqa: E402
+from weft.parallel.data.buckets import BUCKET_BYTES, GradientBuckets  # noqa: E402
 from weft.parallel.data.replicas import (  # noqa: E402
     MakeOptimizer,
     Named,
@@ -56,11 +56,11 @@ class DeepSpeedReplicas(Replicas):
         make_optimizer: makes an optimiser whose update of each element depends on that element alone.
         mesh: the data axis.
         partition_gradients: ZeRO 2. Gradients are summed after each backward and only this rank's range is kept;
-            otherwise (ZeRO 1) they are kept whole and summed once per step.
+            otherwise (ZeRO 1) they are kept whole and summed once per step, while its last backward runs.
         offload: keep float32 weights and the optimiser's states in the memory of the CPU, and update them there.
 
-    Communication: ZeRO 1, one all-reduce of the gradients per step; ZeRO 2, one per microbatch; both, an all-gather of
-    the weights per step.
+    Communication: ZeRO 1, an all-reduce per bucket of gradients, during the last backward of each stage; ZeRO 2, one
+    per microbatch; both, an all-gather of the weights per step.
     """
 
     def __init__(
@@ -92,12 +92,25 @@ class DeepSpeedReplicas(Replicas):
         self.pieces = [self._piece(found) for found in named]
         self._modules = {stage.index: stage.module for stage in stages}
         self._partitions = partition_gradients
+        self._buckets: dict[int, GradientBuckets] = {}
         if partition_gradients:
             for parameter in self._groups:
                 parameter.register_post_accumulate_grad_hook(self._zero.reduce_gradient)
+        else:
+            # DeepSpeed would sum them one bucket after the other when the last backward is over.
+            self._buckets = {
+                stage.index: GradientBuckets(stage.module.parameters(), mesh, late=stage.shared.values())
+                for stage in stages
+            }
 
     def begin(self) -> None:
         self._zero.forget_gradients()
+        for buckets in self._buckets.values():
+            buckets.zero()
+
+    def before_last_backward(self, stage: int) -> None:
+        if self._buckets:
+            self._buckets[stage].arm()
 
     def after_backward(self, stage: int) -> None:
         if self._partitions:
@@ -107,10 +120,16 @@ class DeepSpeedReplicas(Replicas):
             self._zero.end_reduction()
 
     def finish(self) -> None:
+        for buckets in self._buckets.values():
+            buckets.finish()
         if not self._partitions:
-            for parameter in reversed(self._groups):
-                self._zero.reduce_gradient(parameter)
-            self._zero.end_reduction()
+            for piece in self.pieces:
+                assert piece.parameter.grad is not None
+                own = piece.parameter.grad.flatten().narrow(0, piece.start, piece.weight.numel())
+                group, (place, length) = self._groups[piece.parameter], self._ranges[id(piece)]
+                self._zero.partition(group).narrow(0, place, length).copy_(own)
+            for buckets in self._buckets.values():
+                buckets.release()  # of no use any more: the other ranges are those of other ranks
         self._zero.complete_gradients()
 
     def gradient(self, piece: Piece) -> Tensor:
@@ -216,7 +235,7 @@ class _Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     def complete_gradients(self) -> None:
         """Bring the sums to where the optimiser looks for them."""
         for index in range(len(self.bit16_groups)):
-            kept = self._get_compact_grad_partition_buffer(index).flat_partition
+            kept = self.partition(index)
             if self.cpu_offload:
                 weight = self.single_partition_of_fp32_groups[index]
                 weight.grad = torch.empty_like(weight) if weight.grad is None else weight.grad
@@ -227,6 +246,10 @@ class _Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         if self.cpu_offload:
             result: Tensor = self.single_partition_of_fp32_groups[group].grad
             return result
+        return self.partition(group)
+
+    def partition(self, group: int) -> Tensor:
+        """Where this rank's range of a group's gradients is summed, flat, on the device."""
         flat: Tensor = self._get_compact_grad_partition_buffer(group).flat_partition
         return flat
 

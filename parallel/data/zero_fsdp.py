@@ -84,6 +84,7 @@ class FullyShardedReplicas(Replicas):
         for piece in self.pieces:
             piece.weight.grad = self.gradient(piece)
         self.optimizer.step()
+        self.begin()  # FSDP would keep the gradients until they are asked for again
 
     def refresh(self) -> None:
         """The model gathers the pieces themselves."""
