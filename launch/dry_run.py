@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.launch.divided import divided, gathered_bytes, undivided
 from weft.launch.engine import Engine
 from weft.launch.errors import UserError
 from weft.launch.measured import measured_step
@@ -18,6 +19,7 @@ from weft.launch.settings import Settings, check_layout, resolved
 from weft.launch.units import bytes_text, count_text
 from weft.launch.world import device_type
 from weft.model.config import model_config
+from weft.model.decoder import Block
 from weft.parallel import build_mesh, count_traffic, without_numbers
 from weft.parallel.traffic import Call
 
@@ -46,7 +48,7 @@ class DryRun:
         stages: the layers of each of its stages, in words.
         parameters: that the rank holds.
         memory: bytes by kind; activations are the most of the step.
-        exchanges: in the order of the axes.
+        exchanges: in the order of the axes; under ZeRO without those over the data axis, which are its engine's.
     """
 
     rank: int
@@ -65,11 +67,6 @@ def dry_run(settings: Settings, world_size: int, rank: int = 0) -> DryRun:
         UserError: the layout does not fit the world, or the world has no such rank.
     """
     check_layout(settings, world_size)
-    if settings.parallel.zero:
-        raise UserError(
-            f"parallel.zero is {settings.parallel.zero}, and neither DeepSpeed nor FSDP2 runs without numbers, as "
-            "weft memory and --dry-run do; choose parallel.zero=0; docs/memory.md says what the others save."
-        )
     if rank >= world_size:
         raise UserError(f"--rank is {rank}, but the world has the ranks 0 to {world_size - 1}; choose one of them.")
     settings = resolved(settings, world_size)
@@ -99,8 +96,9 @@ def _run_step(settings: Settings, mesh: DeviceMesh) -> DryRun:
     device = torch.device("meta")
     shape = (settings.batch.global_size // mesh["data"].size(), settings.corpus.sequence_length)
     tokens = torch.empty(shape, dtype=torch.int64, device=device)
+    zero = settings.parallel.zero
     with without_numbers():
-        engine = Engine(model_config(settings.model), settings, mesh, device=device)
+        engine = Engine(model_config(settings.model), undivided(settings), mesh, device=device)
         with count_traffic() as traffic:
             _, memory = measured_step(engine, 0, tokens, tokens)
     axes = mesh.mesh_dim_names or ()
@@ -110,8 +108,8 @@ def _run_step(settings: Settings, mesh: DeviceMesh) -> DryRun:
         coordinates={axis: mesh[axis].get_local_rank() for axis in axes},
         stages=tuple(engine.describe_stages()),
         parameters=sum(parameter.numel() for parameter in engine.parameters),
-        memory=memory,
-        exchanges=exchanges_of(traffic.calls, mesh),
+        memory=divided(memory, settings, gathered_bytes(engine.modules, Block)),
+        exchanges=tuple(e for e in exchanges_of(traffic.calls, mesh) if not zero or e.axis != "data"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from weft.launch.divided import divided_recipe
 from weft.launch.plan.breakdown import Memory
 from weft.launch.plan.cluster import cluster_names, load_cluster
 from weft.launch.plan.layout import Job, Layout
@@ -39,16 +40,17 @@ def formula(settings: Settings, pipeline_rank: int) -> Memory:
         layers_of_stages=tuple(map(len, layers)),
     )
     job = Job(batch.global_size, settings.corpus.sequence_length)
-    recipe = recipe_of(settings.train.precision)
+    recipe = divided_recipe(recipe_of(settings.train.precision), parallel)
     return ledger_of_rank(shape_of(config), job, layout, recipe, schedule, pipeline_rank)
 
 
 def beside_formula(settings: Settings, pipeline_rank: int, name: str, memory: Memory) -> dict[str, Memory]:
     """The columns of a table: `memory` under its name, after the formula where there is one.
 
-    There is one for decoders whose activations stay on the device.
+    There is one for decoders that AdamW updates and whose tensors stay on the device.
     """
-    if model_config(settings.model).kind != "decoder" or settings.parallel.offloads_activations:
+    adamw, stays = settings.train.optimizer.name == "adamw", settings.parallel.offload == "none"
+    if model_config(settings.model).kind != "decoder" or not adamw or not stays:
         return {name: memory}
     return {"formula": formula(settings, pipeline_rank), name: memory}
 

@@ -31,17 +31,17 @@ def measured_step(engine: Engine, step: int, inputs: Tensor, targets: Tensor) ->
 
 
 def held_memory(engine: Engine, *, activations: int = 0) -> Memory:
-    """What this rank holds between steps, by kind, with the `activations` of a step.
+    """What this rank holds between steps, by kind, with the gradients and the `activations` of a step.
 
     Float32 copies of weights that are computed with in less count as the optimiser's.
     """
-    parameters = [_local(parameter) for parameter in engine.parameters]
-    gradients = (_local(parameter.grad) for parameter in engine.parameters if parameter.grad is not None)
+    replicas = engine.updates.replicas
+    parameters = [*map(_local, engine.parameters), *replicas.stored_weights()]
     updated = [weight for group in engine.optimizer.param_groups for weight in group["params"]]
     masters = storage_bytes([*parameters, *updated]) - storage_bytes(parameters)
     return Memory(
         parameters=storage_bytes(parameters),
-        gradients=storage_bytes(gradients),
+        gradients=replicas.gradient_bytes,
         optimizer=storage_bytes(_tensors(engine.optimizer.state.values())) + masters,
         buffers=storage_bytes(buffer for module in engine.modules for buffer in module.buffers()),
         activations=activations,

@@ -50,6 +50,11 @@ class GradientBuckets:
                 if bucket.early and mesh.size() > 1:
                     parameter.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._ready(p, bucket))  # type: ignore[misc]
 
+    @property
+    def bytes(self) -> int:
+        """What all gradients take together, while they are there."""
+        return sum(bucket.flat.nbytes for bucket in self.buckets)
+
     def zero(self) -> None:
         """Set all gradients to zero, in place."""
         for bucket in self.buckets:

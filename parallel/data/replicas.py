@@ -104,6 +104,15 @@ class Replicas(ABC):
         They have the shape of the weight, unless the optimiser needs whole matrices.
         """
 
+    @property
+    @abstractmethod
+    def gradient_bytes(self) -> int:
+        """What the gradients take that this rank holds when the backward passes of a step are done."""
+
+    def stored_weights(self) -> list[Tensor]:
+        """Tensors of the weights that the model computes with, where they are other than its parameters."""
+        return []
+
     def whole_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The weights that a module of one of the stages computes with, by name. A collective call of the data axis."""
         return module.state_dict()
@@ -168,6 +177,10 @@ class PlainReplicas(Replicas):
     def begin(self) -> None:
         for buckets in self.buckets.values():
             buckets.zero()
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(buckets.bytes for buckets in self.buckets.values())
 
     def before_last_backward(self, stage: int) -> None:
         self.buckets[stage].arm()

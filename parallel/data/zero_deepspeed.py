@@ -108,6 +108,12 @@ class DeepSpeedReplicas(Replicas):
         for buckets in self._buckets.values():
             buckets.zero()
 
+    @property
+    def gradient_bytes(self) -> int:
+        if not self._partitions:
+            return sum(buckets.bytes for buckets in self._buckets.values())
+        return self._zero.partition_bytes
+
     def before_last_backward(self, stage: int) -> None:
         if self._buckets:
             self._buckets[stage].arm()
@@ -247,6 +253,11 @@ class _Zero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             result: Tensor = self.single_partition_of_fp32_groups[group].grad
             return result
         return self.partition(group)
+
+    @property
+    def partition_bytes(self) -> int:
+        """What this rank's ranges of all groups' gradients take."""
+        return sum(4 * int(size) for size in self.partition_size)
 
     def partition(self, group: int) -> Tensor:
         """Where this rank's range of a group's gradients is summed, flat, on the device."""

@@ -82,6 +82,13 @@ class DeepSpeedShardedReplicas(Replicas):
     def begin(self) -> None:
         self._zero.forget_gradients()
 
+    @property
+    def gradient_bytes(self) -> int:
+        return int(self._zero.grad_partitions_flat_buffer.nbytes)
+
+    def stored_weights(self) -> list[Tensor]:
+        return [self._zero.lp_param_buffer]
+
     def after_backward(self, stage: int) -> None:
         self._zero.end_microbatch()
 

@@ -70,6 +70,10 @@ class FullyShardedReplicas(Replicas):
         for piece in self.pieces:
             piece.parameter.grad = piece.weight.grad = None
 
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(piece.weight.nbytes for piece in self.pieces)
+
     def finish(self) -> None:
         """FSDP has summed the gradients of each backward at its end."""
 
