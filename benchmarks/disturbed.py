@@ -21,6 +21,7 @@ MARK, DOOM = "WEFT_FAULTS", "WEFT_DOOM"
 HOOK = Path(__file__).with_name("doom")
 SMALL_DISK = 6 * 2**20
 LAYOUTS = ("pipeline", "data", "tensor")
+FOUR = "pipeline-data"  # of four ranks
 PATIENCE = 300.0
 SIZES = {
     "vocab_size": 320,
@@ -63,7 +64,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         train = [sys.executable, "-m", "weft", "train", "--max-restarts", "1000", "settings.json"]
-        return [*train, f"parallel.{self.layout}=2"]
+        return [*train, *(f"parallel.{axis}=2" for axis in self.layout.split("-"))]
 
     @property
     def metrics(self) -> Path:
@@ -109,32 +110,33 @@ class Run:
 
 @dataclass
 class NodesRun(Run):
-    """A run whose two ranks are on two nodes of a network; `process` is the launcher of the first, which is kept."""
+    """A run with a rank on each node of a network; `process` is the launcher of the first, which is kept."""
 
     network: Network = field(kw_only=True)
-    second: subprocess.Popen[bytes] = field(init=False)
+    launchers: list[subprocess.Popen[bytes]] = field(init=False)
 
     def start(self) -> None:
-        self.process, self.second = self.start_node(0), self.start_node(1)
+        self.launchers = [self.start_node(node) for node in range(self.network.count)]
+        self.process = self.launchers[0]
 
     def start_node(self, node: int) -> subprocess.Popen[bytes]:
         place = {"MASTER_ADDR": self.network.address(0), "MASTER_PORT": "29500", "NODE_RANK": str(node)}
         return self.network.popen(
             node,
-            [*self.command, "cluster.nodes=2"],
+            [*self.command, f"cluster.nodes={self.network.count}"],
             folder=self.folder,
             output=self.folder / "output.txt",
             environment=added_environment(self.folder) | place,
         )
 
-    def unplug_second(self) -> None:
-        """Cut the second node off until its launcher has given up, then start it again."""
-        self.network.unplug(1)
+    def unplug(self, node: int) -> None:
+        """Cut a node off until its launcher has given up, then start it again."""
+        self.network.unplug(node)
         try:
-            self.second.wait(PATIENCE)
+            self.launchers[node].wait(PATIENCE)
         finally:
-            self.network.plug_in(1)
-        self.second = self.start_node(1)
+            self.network.plug_in(node)
+        self.launchers[node] = self.start_node(node)
 
 
 def environment(folder: Path) -> dict[str, str]:

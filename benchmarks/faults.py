@@ -2,11 +2,12 @@
 
     python benchmarks/faults.py                           # 200 faults, an hour on 2 cores
     python benchmarks/faults.py --faults 10 --seed 7
+    python benchmarks/faults.py --faults 3 --only unplugged
 
 A run trains a tiny Llama on two ranks of one layout with `weft train --max-restarts`. Faults hit it at moments that the
 seed draws, in training, in a save, or while it starts; what ends the launcher too is followed by the same command once
-more. Every fourth run has its ranks on two nodes, which are network namespaces, and loses one of them. A run is lost
-when it does not end with the losses of an undisturbed one, bit for bit.
+more. Every fourth run has its ranks on two or four nodes, which are network namespaces, and loses one of them. A
+run is lost when it does not end with the losses of an undisturbed one, bit for bit.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from pathlib import Path
 import psutil
 from disturbed import (
     EVERY,
+    FOUR,
     LAYOUTS,
     MARK,
     PATIENCE,
@@ -43,10 +45,11 @@ from disturbed import (
     undisturbed_losses,
     wait_for,
     wait_for_training,
+    wait_until,
 )
 from nodes import NotPermittedError, network
 
-__all__ = ["MARK", "count_survivors", "prepare", "undisturbed_losses"]
+__all__ = ["MARK", "count_survivors", "prepare", "undisturbed_losses", "wait_until"]
 NODE_FAULTS = 3
 FREE = 400_000  # bytes that a full disk may still have: less than a checkpoint takes
 
@@ -95,7 +98,7 @@ def damaged_file(run: Run, choose: random.Random, pattern: str = "*") -> Path:
 
 def unplug(run: Run, choose: random.Random) -> None:
     assert isinstance(run, NodesRun)
-    run.unplug_second()
+    run.unplug(choose.randrange(1, run.network.count))
 
 
 def fill_disk(run: Run, choose: random.Random) -> None:
@@ -153,7 +156,8 @@ KINDS = (
         ends="launcher",
     ),
     Kind("the disk full (ENOSPC)", fill_disk, weight=8, ends="nothing", takes="disk"),
-    Kind("a node unplugged", unplug, weight=0, takes="nodes"),
+    Kind("a node of two unplugged", unplug, weight=0, takes="2 nodes"),
+    Kind("a node of four unplugged", unplug, weight=0, takes="4 nodes"),
 )
 
 
@@ -243,9 +247,11 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-run", type=int, default=8, help="faults in one run")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kinds whose name has this text")
     options = parser.parse_args()
+    kinds = [kind for kind in KINDS if options.only in kind.name]
     with tempfile.TemporaryDirectory(prefix="weft-faults-") as folder:
-        tally = strike(Path(folder), faults=options.faults, seed=options.seed, per_run=options.per_run)
+        tally = strike(Path(folder), faults=options.faults, seed=options.seed, per_run=options.per_run, kinds=kinds)
     print(table(tally, options.seed))
     bad = (tally.curves_unequal, tally.checkpoints_lost, tally.unnoticed, tally.orphans)
     return int(bool(tally.runs_lost or any(bad)))
@@ -256,17 +262,21 @@ def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequenc
     choose, tally = random.Random(seed), Tally()
     undisturbed: dict[str, list[str]] = {}
     while tally.faults < faults:
-        layout = LAYOUTS[choose.randrange(len(LAYOUTS))]
+        nodes = nodes_of_next(kinds, choose, tally)
+        layout = FOUR if nodes == 4 else choose.choice(LAYOUTS)
         if layout not in undisturbed:
             undisturbed[layout] = undisturbed_losses(folder, layout)
-        if tally.runs % 4 == 3 and "nodes" not in tally.lacking:
-            drawn = [kind for kind in kinds if kind.takes == "nodes"] * NODE_FAULTS
+        if nodes > 1:
+            drawn = [kind for kind in kinds if kind.takes == f"{nodes} nodes"] * NODE_FAULTS
         else:
             possible = [kind for kind in kinds if kind.takes not in tally.lacking]
             weights = [kind.weight for kind in possible]
+            if not any(weights):
+                break  # this machine has nothing that these kinds take
             drawn = choose.choices(possible, weights, k=min(per_run, faults - tally.faults))
         with ExitStack() as place:
-            run = place_run(folder / f"run-{tally.runs}", layout, {kind.takes for kind in drawn}, place, tally)
+            small = any(kind.takes == "disk" for kind in drawn)
+            run = place_run(folder / f"run-{tally.runs}", layout, nodes, small, place, tally)
             if run is None:
                 continue
             tally.runs += 1
@@ -282,11 +292,19 @@ def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequenc
     return tally
 
 
-def place_run(folder: Path, layout: str, takes: set[str], place: ExitStack, tally: Tally) -> Run | None:
-    """A run on the nodes or the disk that its faults take; None where this machine has none, which is noted."""
+def nodes_of_next(kinds: Sequence[Kind], choose: random.Random, tally: Tally) -> int:
+    """On how many nodes the next run is: every fourth on several, where this machine has them and a kind takes them."""
+    several = [int(kind.takes.split()[0]) for kind in kinds if kind.takes.endswith("nodes")]
+    if not several or "nodes" in tally.lacking:
+        return 1
+    return choose.choice(several) if tally.runs % 4 == 3 or len(several) == len(kinds) else 1
+
+
+def place_run(folder: Path, layout: str, nodes: int, small: bool, place: ExitStack, tally: Tally) -> Run | None:
+    """A run on so many nodes, or on a small disk; None where this machine has none, which is noted."""
     try:
-        run = prepare(folder, layout, place.enter_context(network(2)) if "nodes" in takes else None)
-        if "disk" in takes:
+        run = prepare(folder, layout, place.enter_context(network(nodes)) if nodes > 1 else None)
+        if small:
             place.enter_context(small_disk(run))
         return run
     except NotPermittedError as error:
