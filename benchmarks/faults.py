@@ -250,6 +250,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="kinds whose name has this text")
     options = parser.parse_args()
     kinds = [kind for kind in KINDS if options.only in kind.name]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes away networks and mounts
     with tempfile.TemporaryDirectory(prefix="weft-faults-") as folder:
         tally = strike(Path(folder), faults=options.faults, seed=options.seed, per_run=options.per_run, kinds=kinds)
     print(table(tally, options.seed))
