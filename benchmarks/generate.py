@@ -56,7 +56,8 @@ def measure_weft(tensor: int, pipeline: int, batches: list[int]) -> None:
     stage = DecoderStage(config, layers, first=rank == 0, last=rank == pipeline - 1, mesh=mesh["tensor"]).eval()
     initialize(stage, 0, initial_distribution(config))
     placement = Placement({rank: stage}, build_schedule("gpipe", pipeline, 1), mesh["tensor"], mesh["pipeline"])
-    session = Session(Worker(placement, vocab_size=2048, slots=max(batches), capacity=PROMPT + NEW_TOKENS), mesh)
+    worker = Worker(placement, vocab_size=2048, slots=max(batches), capacity=PROMPT + NEW_TOKENS, pack=True)
+    session = Session(worker, mesh)
     if dist.get_rank():
         session.follow()
     else:

@@ -60,7 +60,7 @@ def main(path: str, arguments: Sequence[str]) -> None:
     session = open_session(
         source,
         slots=min(options["batch"], max(len(texts), pipeline)),
-        capacity=min(longest, source.config.max_position_embeddings),
+        capacity=min(longest, source.config.longest_text),
     )
     try:
         if dist.get_rank() != 0:

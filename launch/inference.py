@@ -97,5 +97,6 @@ def open_session(source: Source, *, slots: int, capacity: int) -> Session:
         slots=-(-slots // pipeline) * pipeline,
         capacity=capacity,
         timeout=source.settings.train.timeout,
+        pack=True,
     )
     return Session(worker, mesh)

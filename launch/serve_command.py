@@ -31,9 +31,9 @@ def serve_command(checkpoint: str, overrides: tuple[str, ...], **options: Any) -
 
     source = open_source(checkpoint, overrides)
     open_vocabulary(source)
-    positions = source.config.max_position_embeddings
-    if options["context"] and options["context"] > positions:
-        raise UserError(f"--context is {options['context']}, but the model has {positions} positions; choose fewer.")
+    longest = source.config.longest_text
+    if options["context"] and options["context"] > longest:
+        raise UserError(f"--context is {options['context']}, but the model has {longest} positions; choose fewer.")
     _check_server(options["host"], options["port"])
     arguments = [json.dumps(options), *overrides]
     run_ranks(

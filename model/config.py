@@ -130,6 +130,17 @@ class ModelConfig:
             outside += 2 * self.relative_buckets * self.num_attention_heads
         return outside + self.num_hidden_layers * self.layer_parameters
 
+    @property
+    def renewed_at(self) -> int | None:
+        """The length from which on all positions of a text turn otherwise than in shorter ones; None: there is none."""
+        return self.rotary.length + 1 if self.rotary.scaling == "longrope" else None
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that a text may have: `dynamic` scaling is for more of them than the model has positions."""
+        stretched = self.rotary.factor if self.rotary.scaling == "dynamic" else 1.0
+        return int(self.max_position_embeddings * stretched)
+
     def window(self, layer: int) -> int | None:
         """How many positions that layer attends to; None: all."""
         return self.sliding_window if layer in self.sliding_layers else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.model.config import ModelConfig
-from weft.model.rotary import rotary_table
+from weft.model.rotary import RotaryTable, StoredTables, rotary_table
 from weft.parallel import (
     ColumnParallelLinear,
     Dropout,
@@ -34,13 +34,13 @@ from weft.parallel.offload import ActivationOffload
 from weft.parallel.random import Constant, Distribution, Normal
 from weft.parallel.tensor.cache import CachedLayer, CachedTokens
 from weft.parallel.tensor.matmul import column_matmul
+from weft.parallel.tensor.packed import Packable, PackedWeight
 
-RotaryTable = tuple[Tensor, Tensor]
 Recompute = Literal["none", "selective", "full"]
 TIED = "embed_tokens.weight"  # the name common to embedding and head where they share their weight
 
 
-class MLP(nn.Module):
+class MLP(Packable):
     """`down(act(gate(x)) · up(x))`, or `down(act(up(x)))` without a gate: the intermediate features are split.
 
     Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` under sequence parallelism).
@@ -57,13 +57,22 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, **options)
         self.activation = config.activation
         self.dropout = Dropout(config.mlp_dropout, f"{place}.dropout")
+        self._packed: PackedWeight | None = None
+
+    def pack_weights(self, rows: int) -> None:
+        layers = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+        self._packed = PackedWeight(layers, rows=rows)
 
     def forward(self, x: Tensor, dropout_key: DropoutKey | None = None) -> Tensor:
         again = self.recompute and torch.is_grad_enabled()
         return recomputed(self._feed, x, dropout_key) if again else self._feed(x, dropout_key)
 
     def _feed(self, x: Tensor, dropout_key: DropoutKey | None) -> Tensor:
-        if self.gate_proj is None:
+        if self._packed is not None:
+            first, *rest = self._packed(x)
+            hidden = activate(first, self.activation)
+            hidden = hidden * rest[0] if rest else hidden
+        elif self.gate_proj is None:
             hidden = activate(self.up_proj(x), self.activation)
         else:
             layers = (self.gate_proj, self.up_proj)
@@ -177,6 +186,8 @@ class ResidualDropout(nn.Module):
         self.dropout = Dropout(config.residual_dropout if p is None else p, place)
 
     def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
+        if not self.training:
+            return x
         if not self.sequence_parallel:
             return self.dropout(x, key)  # type: ignore[no-any-return]
         length = x.shape[1]
@@ -234,6 +245,9 @@ class DecoderStage(nn.Module):
         if last:
             self._add_head(self.get_parameter(TIED) if first and config.tie_word_embeddings else None, options)
         self.first, self.last = first, last
+        rotaries = (config.rotary_of(number) for number in layers)
+        self._rotaries = {rotary for rotary in rotaries if rotary is not None}
+        self._tables = StoredTables(config.head_dim)
 
     def _add_head(self, tied: nn.Parameter | None, options: dict[str, Any]) -> None:
         config = self.config
@@ -291,14 +305,16 @@ class DecoderStage(nn.Module):
         *,
         dropout_key: DropoutKey | None = None,
         cache: CachedTokens | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """What the last of these blocks gives, before norm and head, `[batch, sequence, hidden]`.
 
         With a `cache`, which sequence parallelism cannot have, x holds new tokens of sequences that the cache knows.
+        `lengths`: tokens of each sequence, where some are filled up at their ends; None: all are whole.
         """
         if self.first:
             x = self._embed(x, dropout_key, cache)
-        tables = self._rotary_tables(x, cache)
+        tables = self._rotary_tables(x, cache, lengths)
         visible = None if mask is None else mask.bool()[:, None, None]  # [batch, 1, 1, sequence]
         for name, block in self.layers.items():
             options: dict[str, Any] = {"rotary": tables.get(block.rotary), "mask": visible, "dropout_key": dropout_key}
@@ -331,16 +347,21 @@ class DecoderStage(nn.Module):
         result: Tensor = self.embed_dropout(x, key)
         return result
 
-    def _rotary_tables(self, x: Tensor, cache: CachedTokens | None) -> dict[Any, RotaryTable]:
+    def _rotary_tables(
+        self, x: Tensor, cache: CachedTokens | None, lengths: Sequence[int] | None
+    ) -> dict[Any, RotaryTable]:
         """The tables of this stage's layers, by their rotary positions."""
-        if cache is not None:
-            positions = cache.positions.unsqueeze(1)  # [rows, 1, queries], for all heads
-        else:
+        if cache is None and lengths is None:
             length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
             positions = torch.arange(length, device=x.device)
-        rotaries = (self.config.rotary_of(int(number)) for number in self.layers)
-        kinds = {rotary for rotary in rotaries if rotary is not None}
-        return {kind: rotary_table(positions, self.config.head_dim, kind, dtype=x.dtype) for kind in kinds}
+            return {kind: rotary_table(positions, self.config.head_dim, kind, dtype=x.dtype) for kind in self._rotaries}
+        if cache is not None:
+            positions, lengths, size = cache.positions, cache.lengths, cache.cache.capacity
+        else:
+            positions, size = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1), x.shape[1]
+        return {
+            kind: self._tables.at(positions, lengths or [], kind, size=size, dtype=x.dtype) for kind in self._rotaries
+        }
 
 
 def without_sequence_parallelism(stage: DecoderStage, weights: Mapping[str, Tensor] | None = None) -> DecoderStage:

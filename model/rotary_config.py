@@ -49,6 +49,17 @@ class Rotary:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the text."""
+        return self.scaling in ("dynamic", "longrope")
+
+    def kind_of_length(self, length: int) -> int:
+        """A length that stands for all texts whose frequencies are those of a text of that length."""
+        if not self.by_length or length <= self.length:
+            return 0
+        return length if self.scaling == "dynamic" else self.length + 1
+
     def rotated(self, head_dim: int) -> int:
         """How many dims of a head are rotated."""
         return int(head_dim * self.fraction)

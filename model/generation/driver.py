@@ -37,7 +37,13 @@ class Session:
                 f"{worker.slots} slots do not divide over pipeline {pipeline}; choose {pipeline} or a multiple of it"
             )
         self._slots = worker.slots // pipeline
-        self.scheduler = Scheduler(pipeline * self._replicas, self._slots, worker.capacity, replicas=self._replicas)
+        self.scheduler = Scheduler(
+            pipeline * self._replicas,
+            self._slots,
+            worker.capacity,
+            replicas=self._replicas,
+            renewed_at=worker.config.renewed_at,
+        )
         ranks = mesh.mesh.select(2, 0)  # [pipeline, data, tensor]
         schedule = worker.placement.schedule
         last = schedule.rank_of(schedule.stages - 1)

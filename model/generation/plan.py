@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from weft.model.generation.sampling import LIKELIEST
+from weft.model.generation.sampling import LIKELIEST, PENALTY, TEMPERATURE
 
 NO_LOGPROBS = -1
 
@@ -56,6 +57,27 @@ class Plan:
     def positions(self) -> Tensor:
         """`[rows, queries]`."""
         return self.starts[:, None] + torch.arange(self.queries)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's text, those of this plan among them."""
+        lengths: list[int] = (self.starts + self.last + 1).tolist()
+        return lengths
+
+    @cached_property
+    def greedy(self) -> bool:
+        """Whether every row takes its likeliest token."""
+        return all(row[TEMPERATURE] == 0 for row in self._rows)
+
+    @cached_property
+    def penalized(self) -> bool:
+        """Whether a row has a repetition penalty."""
+        return any(row[PENALTY] != 1 for row in self._rows)
+
+    @cached_property
+    def _rows(self) -> list[list[float]]:
+        rows: list[list[float]] = self.sampling.tolist()
+        return rows
 
     @property
     def answer_shape(self) -> tuple[int, ...]:

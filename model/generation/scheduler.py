@@ -47,12 +47,14 @@ class Scheduler:
         slots: texts of each group.
         capacity: tokens of a text, its prompt included.
         replicas: the groups take turns in belonging to one of that many replicas, each with a cache of its own.
+        renewed_at: the length at which a text's positions turn otherwise than before, so that it is computed anew.
     """
 
     groups: int
     slots: int
     capacity: int
     replicas: int = 1
+    renewed_at: int | None = None
     waiting: deque[Request] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class Scheduler:
         """The next plan of a group, now under way; None when it has nothing to do."""
         group = self._groups[number]
         self._drop_cancelled(group)
-        work = self._score() or self._admit(group) or _extend(group)
+        work = self._score() or self._admit(group) or self._renew(group) or _extend(group)
         group.under_way = work
         return work[0] if work else None
 
@@ -181,6 +183,13 @@ class Scheduler:
             group.texts[slot] = text
         return _prompts(Kind.EXTEND, group.first + run[0], texts), list(texts)
 
+    def _renew(self, group: Group) -> tuple[Plan, list[Request | None]] | None:
+        """A plan for a text that is computed anew, with the tokens that it has."""
+        for slot, text in enumerate(group.texts):
+            if text is not None and text.length == self.renewed_at and text.generated:
+                return _prompts(Kind.EXTEND, group.first + slot, [text]), [text]
+        return None
+
 
 def _fitting(texts: Sequence[Request], most: int) -> list[Request]:
     """The first texts that one plan may take in, at least one if there is any."""
@@ -195,8 +204,9 @@ def _fitting(texts: Sequence[Request], most: int) -> list[Request]:
 
 def _prompts(kind: Kind, first: int, texts: Sequence[Request]) -> Plan:
     """Whole prompts, shorter ones filled up with their last token."""
-    longest = max(len(text.tokens) for text in texts)
-    rows = [[*text.tokens, *[text.tokens[-1]] * (longest - len(text.tokens))] for text in texts]
+    whole = [[*text.tokens, *(token.number for token in text.generated)] for text in texts]
+    longest = max(map(len, whole))
+    rows = [[*tokens, *[tokens[-1]] * (longest - len(tokens))] for tokens in whole]
     # the log-probability is what a score is about
     top = max(text.top for text in texts) if kind == Kind.EXTEND else max(0, *(text.top for text in texts))
     return Plan(
@@ -204,8 +214,8 @@ def _prompts(kind: Kind, first: int, texts: Sequence[Request]) -> Plan:
         first,
         torch.tensor(rows),
         torch.zeros(len(texts), dtype=torch.int64),
-        torch.tensor([len(text.tokens) - 1 for text in texts]),
-        torch.tensor([text.sampling.row(0) for text in texts], dtype=torch.float64),
+        torch.tensor([len(tokens) - 1 for tokens in whole]),
+        torch.tensor([text.sampling.row(len(text.generated)) for text in texts], dtype=torch.float64),
         fresh=True,
         top=top,
     )

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.model.config import ModelConfig
 from weft.model.decoder import DecoderStage
 from weft.model.generation.plan import NO_LOGPROBS, Kind, Plan
-from weft.model.generation.sampling import PENALTY, TEMPERATURE, choose, penalize
+from weft.model.generation.sampling import PENALTY, choose, penalize
 from weft.model.generation.vocabulary import likeliest, log_normalizer, logits_of
 from weft.parallel import KeyValueCache, ParallelSelfAttention, gather
 from weft.parallel.pipeline.channels import open_channels
 from weft.parallel.pipeline.table import Schedule
 from weft.parallel.pipeline.transport import DATA, Pending, Transport
+from weft.parallel.tensor.packed import pack_weights
 
 HEAD_BYTES = 1 << 28
 """Memory for the logits of a score; more tokens are taken in turns."""
@@ -38,6 +40,8 @@ class Placement:
 class Worker:
     """Runs plans for `slots` sequences of up to `capacity` tokens.
 
+    `pack`: lay out the weights for it (`pack_weights`), after which the stages serve nothing else.
+
     All ranks of a replica are given the same plans in the same order. Stages hand on `[rows, queries, hidden]`; sends
     do not wait, so a rank goes on with the next plan.
 
@@ -46,12 +50,22 @@ class Worker:
     """
 
     def __init__(
-        self, placement: Placement, *, vocab_size: int, slots: int, capacity: int, timeout: float = 600.0
+        self,
+        placement: Placement,
+        *,
+        vocab_size: int,
+        slots: int,
+        capacity: int,
+        timeout: float = 600.0,
+        pack: bool = False,
     ) -> None:
         self.placement, self.vocab_size, self.timeout = placement, vocab_size, timeout
         self.slots, self.capacity = slots, capacity
         self.device = torch.device(placement.tensor.device_type)
-        self.caches = {index: _cache(stage, slots, capacity) for index, stage in placement.stages.items()}
+        if pack:
+            for stage in placement.stages.values():
+                pack_weights(stage, rows=-(-slots // placement.pipeline.size()))
+        self.caches = {index: _cache(stage, slots, capacity, self.device) for index, stage in placement.stages.items()}
         self._seen: Tensor | None = None
         self._sent: list[tuple[Pending, int, Tensor]] = []
         self._transport: Transport | None = None
@@ -59,6 +73,10 @@ class Worker:
             channels = open_channels(placement.pipeline, self.device, timeout)
             channels.open([hop for hop in self._hops() if hop[0] != hop[1]])
             self._transport = Transport(channels, placement.schedule, self.device, timeout)
+
+    @property
+    def config(self) -> ModelConfig:
+        return next(iter(self.placement.stages.values())).config
 
     @property
     def cache_bytes(self) -> int:
@@ -94,16 +112,18 @@ class Worker:
     def _run_stage(self, index: int, plan: Plan, x: Tensor) -> Tensor:
         stage = self.placement.stages[index]
         if plan.kind == Kind.SCORE:
-            return stage.hidden(x)
+            return stage.hidden(x, lengths=plan.lengths)
         positions = plan.positions.to(self.device)
-        length = int(plan.starts.max()) + plan.queries
-        return stage.hidden(x, cache=self.caches[index].open(plan.first, positions, length, fresh=plan.fresh))
+        length = max(plan.starts.tolist()) + plan.queries
+        cache = self.caches[index].open(plan.first, positions, length, lengths=plan.lengths, fresh=plan.fresh)
+        return stage.hidden(x, cache=cache)
 
     def _answer(self, plan: Plan, stage: DecoderStage, x: Tensor) -> Tensor:
         if plan.kind == Kind.SCORE:
             return self._score(plan, stage, x)
-        rows = torch.arange(plan.rows, device=self.device)
-        logits = stage.logits(x[rows, plan.last.to(self.device)][:, None])[:, 0]  # [rows, vocab / tensor]
+        if plan.queries > 1:
+            x = x[torch.arange(plan.rows, device=self.device), plan.last.to(self.device)][:, None]
+        logits = stage.logits(x)[:, 0]  # [rows, vocab / tensor]
         tokens = self._choose(plan, logits)
         if plan.top == NO_LOGPROBS:
             return tokens.double().cpu()[:, None]
@@ -112,7 +132,7 @@ class Worker:
     def _choose(self, plan: Plan, logits: Tensor) -> Tensor:
         tensor = self.placement.tensor
         seen = self._note_seen(plan)
-        if seen is None and bool((plan.sampling[:, TEMPERATURE] == 0).all()):
+        if seen is None and plan.greedy:
             return likeliest(logits, 1, tensor)[1][:, 0]
         whole = gather(logits, tensor, -1)[:, : self.vocab_size].float()
         if seen is not None:
@@ -121,7 +141,7 @@ class Worker:
 
     def _note_seen(self, plan: Plan) -> Tensor | None:
         """Which tokens each row holds, `[rows, vocab]`; None while no row has a repetition penalty."""
-        if bool((plan.sampling[:, PENALTY] == 1).all()):
+        if not plan.penalized:
             return None
         if self._seen is None:
             self._seen = torch.zeros(self.slots, self.vocab_size, dtype=torch.bool, device=self.device)
@@ -179,8 +199,7 @@ def _not_taken() -> str:
     return "a stage's result was not taken"
 
 
-def _cache(stage: DecoderStage, slots: int, capacity: int) -> KeyValueCache:
-    parameter = next(stage.parameters())
+def _cache(stage: DecoderStage, slots: int, capacity: int, device: torch.device) -> KeyValueCache:
     attentions = [module for module in stage.modules() if isinstance(module, ParallelSelfAttention)]
     return KeyValueCache(
         stage.layers,
@@ -188,6 +207,6 @@ def _cache(stage: DecoderStage, slots: int, capacity: int) -> KeyValueCache:
         capacity=capacity,
         kv_heads=attentions[0].local_kv_heads if attentions else 0,
         head_dim=attentions[0].head_dim if attentions else 0,
-        device=parameter.device,
-        dtype=parameter.dtype,
+        device=device,
+        dtype=next(stage.parameters()).dtype,
     )

@@ -14,11 +14,12 @@ from weft.parallel.tensor.dropout import Dropout, DropoutKey
 from weft.parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
 from weft.parallel.tensor.matmul import column_matmul
 from weft.parallel.tensor.norm import RMSNorm, SplitRMSNorm
+from weft.parallel.tensor.packed import Packable, PackedWeight
 
 QueryKeyNorm = Literal["none", "head", "projection"]
 
 
-class ParallelSelfAttention(nn.Module):
+class ParallelSelfAttention(Packable):
     """Multi-head or grouped-query self-attention: each rank of `mesh` computes `num_heads / tensor` heads.
 
     `o_proj(softmax(q kᵀ · scale) v)` with q, k, v from column-parallel projections that share one input reduction, and
@@ -85,9 +86,18 @@ class ParallelSelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, output_bias, **options)
         self.dropout = Dropout(dropout, f"{place}.dropout")
         self.qk_norm = qk_norm
+        self._packed: dict[tuple[ColumnParallelLinear, ...], PackedWeight] = {}
         if qk_norm != "none":
             norm = {"eps": norm_eps, "offset": norm_offset, "mesh": mesh, "device": device, "dtype": dtype}
             self._add_norms(norm, replicas)
+
+    def pack_weights(self, rows: int) -> None:
+        for layers in self._common_inputs():
+            self._packed[layers] = PackedWeight(layers, rows=rows)
+
+    def _common_inputs(self) -> list[tuple[ColumnParallelLinear, ...]]:
+        """The projections that read the same input."""
+        return [(self.q_proj, self.k_proj, self.v_proj)]
 
     def _add_norms(self, options: dict[str, Any], replicas: int) -> None:
         if self.qk_norm == "head":
@@ -113,14 +123,12 @@ class ParallelSelfAttention(nn.Module):
         `rotary`: cosines and sines of the first `rotated` dims of a head, each `[sequence, rotated]` or, where rows
         differ in their positions, `[batch, 1, sequence, rotated]`. `mask`: added to the scores or boolean (True:
         attend), broadcast to `[batch, heads / tensor, sequence, sequence]`; it replaces the causal mask and the window.
-        With a `cache`, its mask holds instead.
+        With a `cache`, its own mask holds where none is given.
         """
-        q, k, v = self._project(x)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = self._project_rotated(x, rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
-            mask = cache.tokens.mask_within(self.window)
+            mask = cache.tokens.mask_within(self.window) if mask is None else mask
         if self.recompute_core and torch.is_grad_enabled():
             heads = recomputed(self._attend, q, k, v, mask, dropout_key)
         else:
@@ -132,8 +140,20 @@ class ParallelSelfAttention(nn.Module):
         """q `[batch, heads / tensor, sequence, head_dim]`, k and v `[batch, kv_heads / tensor, sequence, head_dim]`."""
         return self._into_heads(*self._matmul(x, self.q_proj, self.k_proj, self.v_proj))
 
+    def _project_rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        packed = self._packed.get((self.q_proj, self.k_proj, self.v_proj))
+        if packed is None or self.qk_norm != "none" or rotary is None:
+            q, k, v = self._project(x)
+            return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
+        heads = packed.product(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        turning, v = heads.split((self.local_heads + self.local_kv_heads, self.local_kv_heads), 1)
+        q, k = rotate(turning, *rotary).split((self.local_heads, self.local_kv_heads), 1)
+        return q, k, v
+
     def _matmul(self, x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
         """What each of the layers makes of x, whose gradients share one reduction."""
+        if layers in self._packed:
+            return tuple(self._packed[layers](x))
         return column_matmul(
             x,
             [layer.used("weight") for layer in layers],
@@ -152,7 +172,7 @@ class ParallelSelfAttention(nn.Module):
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_key: DropoutKey | None) -> Tensor:
-        mask = self._within_window(k, mask)
+        mask = self._within_window(q, k, mask)
         if self.training and self.dropout.p:
             return self._attend_with_dropout(q, k, v, mask, dropout_key)
         return F.scaled_dot_product_attention(
@@ -160,7 +180,7 @@ class ParallelSelfAttention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=self.is_causal and mask is None,
+            is_causal=self.is_causal and mask is None and q.shape[2] > 1,  # one query looks at all that is cached
             scale=self.scale,
             enable_gqa=k.shape[1] != q.shape[1],
         )
@@ -182,11 +202,11 @@ class ParallelSelfAttention(nn.Module):
         q, k, _ = self._project(x)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return self._probabilities(q, k, self._within_window(k, None))
+        return self._probabilities(q, k, self._within_window(q, k, None))
 
-    def _within_window(self, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _within_window(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask of the window, where there is no other and the keys reach beyond it."""
-        if mask is None and self.window is not None and self.window < k.shape[2]:
+        if mask is None and self.window is not None and self.window < k.shape[2] and q.shape[2] > 1:
             return window_mask(k.shape[2], self.window, causal=self.is_causal, device=k.device)
         return mask
 
@@ -214,6 +234,9 @@ class ParallelCrossAttention(ParallelSelfAttention):
     Communication: as `ParallelSelfAttention`, and in the backward an all-reduce (forward an all-gather, backward an
     all-gather and a reduce-scatter) for the context.
     """
+
+    def _common_inputs(self) -> list[tuple[ColumnParallelLinear, ...]]:
+        return [(self.q_proj,), (self.k_proj, self.v_proj)]
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, dropout_key: DropoutKey | None = None

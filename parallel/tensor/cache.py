@@ -5,8 +5,8 @@ entry p of its slot: sequences of different lengths lie beside each other withou
 without being cleared, since no token attends beyond its own position.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 class KeyValueCache:
     """Room for `slots` sequences of `capacity` tokens in the layers of one stage, this rank's key-value heads of them.
 
-    Shapes: keys and values of each layer `[slots · capacity, kv_heads / tensor, head_dim]`.
+    Shapes: keys and values of each layer `[slots, kv_heads / tensor, capacity, head_dim]`.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class KeyValueCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.slots, self.capacity = slots, capacity
-        shape = (slots * capacity, kv_heads, head_dim)
+        self.slots, self.capacity, self.kv_heads = slots, capacity, kv_heads
+        shape = (slots, kv_heads, capacity, head_dim)
         # zeros, because 0 times what an unused entry happens to hold must not be NaN
         self.keys = {name: torch.zeros(shape, device=device, dtype=dtype) for name in layers}
         self.values = {name: torch.zeros(shape, device=device, dtype=dtype) for name in layers}
@@ -40,7 +40,15 @@ class KeyValueCache:
         """Memory that the cache holds on this rank."""
         return sum(tensor.nbytes for tensors in (self.keys, self.values) for tensor in tensors.values())
 
-    def open(self, first: int, positions: Tensor, length: int, *, fresh: bool = False) -> "CachedTokens":
+    def open(
+        self,
+        first: int,
+        positions: Tensor,
+        length: int,
+        *,
+        lengths: Sequence[int] | None = None,
+        fresh: bool = False,
+    ) -> "CachedTokens":
         """The cache as one forward uses it.
 
         Args:
@@ -48,13 +56,15 @@ class KeyValueCache:
             positions: of the new tokens, `[rows, queries]`. Rows that are shorter may repeat a position or end in
                 positions that are overwritten later, as long as every entry up to a token that matters is written.
             length: entries that the forward looks at, more than every position.
+            lengths: tokens of each row, new ones included; None: up to its last position.
             fresh: every row begins at position 0 and its positions count up by one.
         """
-        rows = torch.arange(first, first + positions.shape[0], device=positions.device)
-        entries = (rows[:, None] * self.capacity + positions).flatten()
-        visible = torch.arange(length, device=positions.device)
-        mask = None if fresh else visible <= positions[:, None, :, None]  # [rows, 1, queries, length]
-        return CachedTokens(self, first, positions, length, entries, mask)
+        heads = torch.arange(self.kv_heads * positions.shape[0], device=positions.device) + first * self.kv_heads
+        places = heads.view(-1, self.kv_heads, 1) * self.capacity + positions[:, None]  # [rows, kv_heads, queries]
+        entries = places.flatten()
+        if lengths is None:
+            lengths = (positions.amax(1) + 1).tolist()
+        return CachedTokens(self, first, positions, length, lengths, entries, fresh)
 
 
 @dataclass(frozen=True)
@@ -63,23 +73,42 @@ class CachedTokens:
 
     Attributes:
         positions: `[rows, queries]`.
-        mask: `[rows, 1, queries, length]`, True where a query may look; None where new tokens look only at each other,
-            causally.
+        lengths: tokens of each row, new ones included.
+        fresh: new tokens look only at each other, causally.
     """
 
     cache: KeyValueCache
     first: int
     positions: Tensor
     length: int
+    lengths: Sequence[int]
     entries: Tensor
-    mask: Tensor | None
+    fresh: bool
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask_within(self, window: int | None) -> Tensor | None:
-        """The mask of a layer whose tokens look at themselves and the `window - 1` before them; None: at all before."""
-        if self.mask is None or window is None or window >= self.length:
-            return self.mask
-        visible = torch.arange(self.length, device=self.positions.device)
-        return self.mask & (visible > self.positions[:, None, :, None] - window)
+        """What is added to the scores, `[rows, 1, queries, length]`, where tokens look at themselves and the
+        `window - 1` before them (None: at all before); None where the new tokens look at all that there is.
+
+        One tensor serves all layers with that window.
+        """
+        if self.fresh:
+            return None
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)
+        return self.masks[window]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        bounded = window is not None and window < self.length
+        if not bounded and self.positions.shape[1] == 1 and min(self.lengths) == self.length:
+            return None
+        entries = torch.arange(self.length, device=self.positions.device)
+        positions = self.positions[:, None, :, None]
+        hidden = entries > positions
+        if window is not None and bounded:
+            hidden |= entries <= positions - window
+        dtype = next(iter(self.cache.keys.values())).dtype
+        return torch.zeros(hidden.shape, device=hidden.device, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
     def layer(self, name: str) -> "CachedLayer":
         return CachedLayer(self, self.cache.keys[name], self.cache.values[name])
@@ -103,9 +132,7 @@ class CachedLayer:
 
     def _extend(self, stored: Tensor, new: Tensor) -> Tensor:
         tokens = self.tokens
-        stored.index_copy_(0, tokens.entries, new.transpose(1, 2).flatten(0, 1))
-        if tokens.mask is None:
+        stored.flatten(0, 2).index_copy_(0, tokens.entries, new.flatten(0, 2))
+        if tokens.fresh:
             return new
-        slots = stored.unflatten(0, (-1, tokens.cache.capacity))  # type: ignore[no-untyped-call]
-        seen: Tensor = slots[tokens.first : tokens.first + new.shape[0], : tokens.length]
-        return seen.transpose(1, 2)
+        return stored[tokens.first : tokens.first + new.shape[0], :, : tokens.length]

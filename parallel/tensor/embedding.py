@@ -13,6 +13,7 @@ from weft.parallel.collectives import all_reduce, reduce_scatter
 from weft.parallel.deferred import WeightGradientQueue
 from weft.parallel.sharding import Sharding, take_shard
 from weft.parallel.tensor.matmul import SEQUENCE_DIM, column_matmul
+from weft.parallel.tensor.packed import Packable, PackedWeight
 from weft.parallel.tensor.range import check_range
 
 
@@ -79,7 +80,7 @@ class VocabParallelEmbedding(nn.Embedding):
         return f"{self.full_num_embeddings}, {self.embedding_dim}, local rows={self.num_embeddings}"
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(Packable):
     """Logits of a vocabulary split over `mesh`, ready for `vocab_parallel_cross_entropy`.
 
     `logits_r = x W_r^T`, W `[vocab_size, hidden_size]` by rows as in `VocabParallelEmbedding`, whose weight it can
@@ -115,8 +116,12 @@ class VocabParallelHead(nn.Module):
         self.weight = weight if weight is not None else nn.Parameter(torch.empty(sharding.local_shape, **factory))
         rank = mesh.get_local_rank()
         self.held_rows = sum(part.length for part in sharding.slices(rank))
+        self._packed: PackedWeight | None = None
         if weight is None:
             self.reset_parameters()
+
+    def pack_weights(self, rows: int) -> None:
+        self._packed = PackedWeight([self], rows=rows)
 
     def reset_parameters(self) -> None:
         """Draw what `nn.Linear(hidden_size, vocab_size, bias=False)` would draw, and keep this rank's rows."""
@@ -128,6 +133,15 @@ class VocabParallelHead(nn.Module):
             self.weight.copy_(take_shard(nn.init.kaiming_uniform_(full, a=sqrt(5)), sharding))
 
     def forward(self, x: Tensor) -> Tensor:
+        logits = self._product(x)
+        padding = logits.shape[-1] - self.held_rows
+        if padding:
+            logits = F.pad(logits[..., : self.held_rows], (0, padding), value=-torch.inf)
+        return logits
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed.product(x)
         (logits,) = column_matmul(
             x,
             [self.weight],
@@ -136,9 +150,6 @@ class VocabParallelHead(nn.Module):
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,
         )
-        padding = logits.shape[-1] - self.held_rows
-        if padding:
-            logits = F.pad(logits[..., : self.held_rows], (0, padding), value=-torch.inf)
         return logits
 
     def extra_repr(self) -> str:

@@ -10,9 +10,11 @@ from torch.distributed.tensor import Shard
 
 from weft.parallel.collectives import gather, split
 from weft.parallel.deferred import WeightGradientQueue
+from weft.parallel.exchange import start_all_reduce
 from weft.parallel.sharding import Sharding, replicated, take_shard
 from weft.parallel.tensor.divide import check_features
 from weft.parallel.tensor.matmul import column_matmul, row_matmul
+from weft.parallel.tensor.packed import Packable, PackedWeight
 from weft.parallel.tensor.partial import ShardedModule
 from weft.parallel.tensor.region import Region
 
@@ -133,7 +135,7 @@ class ColumnParallelLinear(ParallelLinear):
         return gather(y, self.mesh, -1)[..., : self.full_out_features] if self.gather_output else y
 
 
-class RowParallelLinear(ParallelLinear):
+class RowParallelLinear(ParallelLinear, Packable):
     """`y = sum over ranks of x_r W_r^T, + b`: input features split over `mesh`, bias whole and added once.
 
     Forward: all-reduce of y. Backward: no communication.
@@ -166,21 +168,31 @@ class RowParallelLinear(ParallelLinear):
         bias_sharding = replicated(mesh, (out_features,), partial_gradient=partial)
         super().__init__(in_features, out_features, bias, weight, bias_sharding, device=device, dtype=dtype)
         self.input_is_parallel, self.sequence_parallel = input_is_parallel, sequence_parallel
+        self._packed: PackedWeight | None = None
+
+    def pack_weights(self, rows: int) -> None:
+        self._packed = PackedWeight([self], rows=rows, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = split(x, self.mesh, -1)
-        y = row_matmul(
+        y = self._product(x)
+        if self.region is not None:
+            self.region.end_split()
+        bias = self.used("bias")
+        return y if bias is None else y + bias.to(y.dtype)  # bias is float32 under autocast
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            part = self._packed.product(x)
+            return part if self.mesh.size() == 1 else start_all_reduce(part, self.mesh, overwrite=True).wait()
+        return row_matmul(
             x,
             self.matrix(),
             mesh=self.mesh,
             sequence_parallel=self.sequence_parallel,
             queue=self.weight_gradient_queue,
         )
-        if self.region is not None:
-            self.region.end_split()
-        bias = self.used("bias")
-        return y if bias is None else y + bias.to(y.dtype)  # bias is float32 under autocast
 
 
 class ReplicatedLinear(ShardedModule, nn.Linear):

@@ -73,7 +73,7 @@ def open_session(config: ModelConfig, layout: Layout, *, slots: int, capacity: i
         dist.broadcast(copy.data, group=mesh["pipeline"].get_group(), group_src=0)
     schedule = build_schedule("gpipe", layout.pipeline, 1)
     placement = Placement({rank: stage}, schedule, mesh["tensor"], mesh["pipeline"])
-    worker = Worker(placement, vocab_size=VOCABULARY, slots=slots, capacity=capacity, timeout=50)
+    worker = Worker(placement, vocab_size=VOCABULARY, slots=slots, capacity=capacity, timeout=50, pack=True)
     return Session(worker, mesh)
 
 

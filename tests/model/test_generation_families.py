@@ -26,8 +26,8 @@ from weft.model.split import split_layers
 from weft.parallel import build_mesh, build_schedule
 
 NEW_TOKENS, FEW_TOKENS, ROWS = 64, 10, 4
-# their frequencies follow the longest text of a batch, so that transformers' own texts depend on their neighbours
-NOT_ALONE = ("dynamic", "longrope")
+# transformers' frequencies of these follow the longest text of a batch, so that its texts depend on their neighbours
+BY_LENGTH = ("dynamic", "longrope")
 
 
 def chosen(references: list[Reference]) -> list[Reference]:
@@ -39,7 +39,7 @@ def chosen(references: list[Reference]) -> list[Reference]:
             continue
         kind = (config.get("rope_parameters") or {}).get("rope_type")
         positions = config.get("max_position_embeddings", config.get("n_positions"))
-        if kind not in NOT_ALONE and positions >= 24 + NEW_TOKENS:
+        if kind not in BY_LENGTH and positions >= 24 + NEW_TOKENS:
             kept.setdefault((reference.case.model, kind), reference)
     return list(kept.values())
 
@@ -58,7 +58,8 @@ def generate_all(directories: list[str], layout: Layout, new_tokens: int) -> lis
         stage.tie()
         load_pretrained(stage, directory, config)
         placement = Placement({rank: stage}, schedule, mesh["tensor"], mesh["pipeline"])
-        worker = Worker(placement, vocab_size=config.vocab_size, slots=ROWS, capacity=24 + NEW_TOKENS, timeout=50)
+        options: Any = {"slots": ROWS, "capacity": 24 + NEW_TOKENS, "timeout": 50, "pack": True}
+        worker = Worker(placement, vocab_size=config.vocab_size, **options)
         session = Session(worker, mesh)
         if int(os.environ["RANK"]):
             session.follow()
@@ -86,6 +87,28 @@ def theirs(references: list[Reference]) -> list[list[list[int]]]:
         texts = model.generate(padded, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
         found.append(texts[:, longest:].tolist())
     return found
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=str)
+def test_texts_turn_by_their_own_length(pool: Pool, references: list[Reference], layout: Layout) -> None:
+    """Each text of a batch, some longer than the length of the training, is what transformers makes of it alone."""
+    import transformers
+
+    cases = [
+        reference
+        for reference in references
+        if reference.case.changes.get("rope_parameters", {}).get("rope_type") in BY_LENGTH
+    ]
+    assert len(cases) == 3
+    new_tokens = NEW_TOKENS - 24 if layout == Layout() else 2 * FEW_TOKENS
+    for case in cases:
+        expected = []
+        for row in prompts(ROWS):
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(case.directory, dtype=torch.float64)
+            model.generation_config.eos_token_id = None
+            text = model.generate(torch.tensor([row]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+            expected.append(text[0, len(row) :].tolist())
+        assert not compare(pool, [case], [expected], layout, new_tokens), case.case
 
 
 def compare(pool: Pool, references: list[Reference], theirs: Any, layout: Layout, new_tokens: int) -> list[str]:
