@@ -19,14 +19,14 @@ from weft.launch.schedules import load_schedule
 from weft.launch.sections import ParallelSettings, Settings
 from weft.launch.updates import Updates
 from weft.model.config import ModelConfig
-from weft.model.decoder import DecoderStage, initial_distribution, without_sequence_parallelism
+from weft.model.decoder import DecoderStage, initial_distribution
 from weft.model.generation.driver import Session
 from weft.model.generation.request import Request
 from weft.model.generation.sampling import Sampling
 from weft.model.generation.worker import Placement, Worker
 from weft.model.hugging_face import load_pretrained
 from weft.model.split import split_layers
-from weft.model.stage import build_stage, shared_stages
+from weft.model.stage import build_stage, shared_stages, without_sequence_parallelism
 from weft.parallel import (
     DropoutKey,
     PipelineExecutor,

@@ -32,7 +32,7 @@ def evaluate_command(checkpoint: str, overrides: tuple[str, ...], **options: Any
 
     from weft.launch.evaluation.tasks import read_task
     from weft.launch.jobs import run_ranks
-    from weft.launch.source import open_source
+    from weft.launch.source import check_kind, open_source
 
     if not (options["texts"] or options["tasks"] or options["harness"]):
         raise UserError("nothing is to be measured; give --text FILE, --task FILE or --harness NAMES.")
@@ -44,6 +44,7 @@ def evaluate_command(checkpoint: str, overrides: tuple[str, ...], **options: Any
     if options["harness"] and find_spec("lm_eval") is None:
         raise UserError("--harness needs lm-eval, which is not installed; pip install 'weft[evaluate]'.")
     source = open_source(checkpoint, overrides)
+    check_kind(source)
     positions = source.config.max_position_embeddings
     if options["window"] and options["window"] > positions:
         raise UserError(f"--window is {options['window']}, but the model has {positions} positions; choose fewer.")

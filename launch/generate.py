@@ -54,12 +54,14 @@ def main(path: str, arguments: Sequence[str]) -> None:
     options, overrides = json.loads(arguments[0]), arguments[1:]
     source = open_source(path, overrides)
     vocabulary = open_vocabulary(source)
-    texts = read_texts(options, vocabulary)
-    longest = max(text.request.length + text.request.max_tokens for text in texts)
+    texts = read_texts(options, vocabulary, apart=source.config.kind == "encoder-decoder")
+    # a decoder behind an encoder writes a text of its own
+    together = max if source.config.kind == "encoder-decoder" else int.__add__
+    longest = max(together(text.request.length, text.request.max_tokens) for text in texts)
     pipeline = source.settings.parallel.pipeline
     session = open_session(
         source,
-        slots=min(options["batch"], max(len(texts), pipeline)),
+        slots=max(min(options["batch"], len(texts)) * options["beams"], pipeline * options["beams"]),
         capacity=min(longest, source.config.longest_text),
     )
     try:
@@ -76,8 +78,8 @@ def main(path: str, arguments: Sequence[str]) -> None:
         dist.destroy_process_group()
 
 
-def read_texts(options: dict[str, Any], vocabulary: Vocabulary) -> list[Text]:
-    """The texts to generate, the n-th with a seed of its own.
+def read_texts(options: dict[str, Any], vocabulary: Vocabulary, *, apart: bool = False) -> list[Text]:
+    """The texts to generate, the n-th with a seed of its own; `apart`: they do not go on from their prompts.
 
     Raises:
         UserError: a sampling option is out of its range, or the file of prompts cannot be used.
@@ -85,16 +87,33 @@ def read_texts(options: dict[str, Any], vocabulary: Vocabulary) -> list[Text]:
     lines = [{"prompt": prompt} for prompt in options["prompts"]] or read_prompts(Path(options["file"]))
     texts = []
     for number, line in enumerate(lines):
-        try:
-            sampling = Sampling(**{name: options[name] for name in SAMPLING}, seed=options["seed"] + number)
-        except ValueError as error:
-            raise UserError(f"--{str(error).replace('_', '-')}.") from None
         tokens = vocabulary.encode(line["prompt"])
-        request = Request(tokens, options["max_tokens"], sampling, vocabulary.stop_tokens)
-        text = Text(line, request, TextStream(vocabulary.tokenizer, tokens, options["stops"]))
+        request = Request(
+            tokens,
+            options["max_tokens"],
+            _sampling(options, number),
+            vocabulary.stop_tokens,
+            beams=options["beams"],
+            length_penalty=options["length_penalty"],
+        )
+        text = Text(line, request, TextStream(vocabulary.tokenizer, [] if apart else tokens, options["stops"]))
         request.watch = text.watch
         texts.append(text)
     return texts
+
+
+def _sampling(options: dict[str, Any], number: int) -> Sampling:
+    given = {name: options[name] for name in SAMPLING}
+    try:
+        sampling = Sampling(**given, seed=options["seed"] + number)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-')}.") from None
+    if options["beams"] == 1:
+        return sampling
+    drawn = next((name for name in SAMPLING if given[name] not in (getattr(Sampling, name), 0)), None)
+    if drawn is not None:
+        raise UserError(f"--beams takes the likeliest text and draws nothing; leave out --{drawn.replace('_', '-')}.")
+    return Sampling(temperature=0)
 
 
 def _drive(session: Any, texts: list[Text], options: dict[str, Any]) -> None:

@@ -28,24 +28,27 @@ from weft.launch.errors import UserError
 @click.option(
     "--stop", "stops", metavar="TEXT", multiple=True, help="Text that ends a text; may be given several times."
 )
+@click.option("--beams", default=1, show_default=True, type=click.IntRange(1), help="Search for the likeliest text.")
+@click.option("--length-penalty", default=1.0, show_default=True, help="Of --beams: above 0, longer texts gain.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Texts at a time, per replica.")
 def generate_command(checkpoint: str, overrides: tuple[str, ...], **options: Any) -> None:
     """Go on from prompts with the model in CHECKPOINT: a run, one of its checkpoints, or a Hugging Face directory.
 
-    The tokens are the same in every layout: KEY=VALUE sets one, such as parallel.tensor=2. One prompt is answered as it
-    goes on; several are answered in order.
+    An encoder-decoder, such as T5, answers them. The tokens are the same in every layout: KEY=VALUE sets one, such as
+    parallel.tensor=2. One prompt is answered as it goes on; several are answered in order.
     """
     import json
 
     from weft.launch.jobs import run_ranks
     from weft.launch.prompts import read_prompts
-    from weft.launch.source import open_source
+    from weft.launch.source import check_kind, open_source
 
     if bool(options["prompts"]) == bool(options["file"]):
         raise UserError("there is no prompt, or --prompt and --prompts at once; give --prompt TEXT or --prompts FILE.")
     if options["file"]:
         read_prompts(Path(options["file"]))
     source = open_source(checkpoint, overrides)
+    check_kind(source, apart=True)
     arguments = [json.dumps(options), *overrides]
     run_ranks(
         "weft.launch.generate:main", checkpoint, arguments, ranks=source.ranks, timeout=source.settings.train.timeout

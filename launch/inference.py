@@ -10,11 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from weft.launch.errors import UserError
 from weft.launch.source import Source
 from weft.launch.world import device_type
-from weft.model.decoder import DecoderStage
 from weft.model.generation.driver import Session
 from weft.model.generation.worker import Placement, Worker
 from weft.model.hugging_face import load_pretrained
 from weft.model.split import split_layers
+from weft.model.stage import Stage, build_stage
 from weft.parallel import build_mesh, build_schedule
 from weft.parallel.checkpoint import Entry, load_checkpoint
 from weft.parallel.sharding import sharded_parameters
@@ -48,11 +48,9 @@ def load_placement(source: Source, mesh: DeviceMesh) -> Placement:
         UserError: the checkpoint is damaged or of another model.
     """
     config, parallel = source.config, source.settings.parallel
-    if config.kind != "decoder":
-        raise UserError(f"{source.path} is an {config.kind} model; only decoders go on from a text.")
     rank, count = mesh["pipeline"].get_local_rank(), mesh["pipeline"].size()
     layers = split_layers(config, count, None if parallel.split == "auto" else parallel.split)[rank]
-    stage = DecoderStage(
+    stage = build_stage(
         config,
         layers,
         first=rank == 0,
@@ -73,7 +71,7 @@ def load_placement(source: Source, mesh: DeviceMesh) -> Placement:
     return Placement({rank: stage.eval()}, build_schedule("gpipe", count, 1), mesh["tensor"], mesh["pipeline"])
 
 
-def weight_entries(stage: DecoderStage) -> Iterator[Entry]:
+def weight_entries(stage: Stage) -> Iterator[Entry]:
     """The stage's weights by their names in a checkpoint."""
     common = {id(parameter): key for key, parameter in stage.tied_parameters.items()}
     for name, parameter, sharding in sharded_parameters(stage):

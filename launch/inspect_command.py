@@ -24,10 +24,11 @@ def inspect_command(checkpoint: str, overrides: tuple[str, ...], **options: Any)
 
     from weft.launch.jobs import run_ranks
     from weft.launch.preflight import check_directory
-    from weft.launch.source import open_source
+    from weft.launch.source import check_kind, open_source
     from weft.launch.vocabulary import open_vocabulary
 
     source = open_source(checkpoint, overrides)
+    check_kind(source)
     if source.settings.parallel.data != 1:
         raise UserError(
             f"parallel.data is {source.settings.parallel.data}; one text needs one replica, so leave it out."

@@ -26,10 +26,11 @@ def serve_command(checkpoint: str, overrides: tuple[str, ...], **options: Any) -
     import json
 
     from weft.launch.jobs import run_ranks
-    from weft.launch.source import open_source
+    from weft.launch.source import check_kind, open_source
     from weft.launch.vocabulary import open_vocabulary
 
     source = open_source(checkpoint, overrides)
+    check_kind(source)
     open_vocabulary(source)
     longest = source.config.longest_text
     if options["context"] and options["context"] > longest:

@@ -156,3 +156,16 @@ def _check_layout(source: Source) -> None:
             f"the layout takes {source.ranks} GPUs, but this machine has {torch.cuda.device_count()}; choose a smaller "
             "layout, or cluster.device=cpu."
         )
+
+
+def check_kind(source: Source, *, apart: bool = False) -> None:
+    """Refuse models that do not go on from a text; `apart`: take those that answer a text with another.
+
+    Raises:
+        UserError: the model is of another kind.
+    """
+    kind = source.config.kind
+    if kind == "encoder-decoder" and not apart:
+        raise UserError(f"{source.path} is an encoder-decoder model; it answers prompts with weft generate alone.")
+    if kind == "encoder":
+        raise UserError(f"{source.path} is an encoder model; it writes no text, choose a decoder.")

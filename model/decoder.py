@@ -4,10 +4,9 @@ Parameter names are global: a stage keys its blocks by their number in the whole
 the same name in every layout.
 """
 
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Container, Sequence
 from math import sqrt
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.model.config import ModelConfig
+from weft.model.recompute import Recompute, recomputed_parts, run_block
 from weft.model.rotary import RotaryTable, StoredTables, rotary_table
 from weft.parallel import (
     ColumnParallelLinear,
@@ -36,7 +36,6 @@ from weft.parallel.tensor.cache import CachedLayer, CachedTokens
 from weft.parallel.tensor.matmul import column_matmul
 from weft.parallel.tensor.packed import Packable, PackedWeight
 
-Recompute = Literal["none", "selective", "full"]
 TIED = "embed_tokens.weight"  # the name common to embedding and head where they share their weight
 
 
@@ -245,8 +244,7 @@ class DecoderStage(nn.Module):
         if last:
             self._add_head(self.get_parameter(TIED) if first and config.tie_word_embeddings else None, options)
         self.first, self.last = first, last
-        rotaries = (config.rotary_of(number) for number in layers)
-        self._rotaries = {rotary for rotary in rotaries if rotary is not None}
+        self._rotaries = {kind for kind in map(config.rotary_of, layers) if kind is not None}
         self._tables = StoredTables(config.head_dim)
 
     def _add_head(self, tied: nn.Parameter | None, options: dict[str, Any]) -> None:
@@ -362,38 +360,6 @@ class DecoderStage(nn.Module):
         return {
             kind: self._tables.at(positions, lengths or [], kind, size=size, dtype=x.dtype) for kind in self._rotaries
         }
-
-
-def without_sequence_parallelism(stage: DecoderStage, weights: Mapping[str, Tensor] | None = None) -> DecoderStage:
-    """A stage that computes with the very weights of `stage`, its sequence whole on every rank: for generation.
-
-    `weights`: by name, where those of `stage` are not whole themselves.
-    """
-    numbers = [int(number) for number in stage.layers]
-    weights = weights or stage.state_dict()
-    dtype = next(iter(weights.values())).dtype
-    plain = DecoderStage(
-        stage.config, numbers, first=stage.first, last=stage.last, mesh=stage.mesh, device="meta", dtype=dtype
-    )
-    plain.load_state_dict(weights, assign=True)
-    return plain.eval()
-
-
-def run_block(block: nn.Module, offload: ActivationOffload | None, *inputs: Tensor, **options: Any) -> Tensor:
-    """The block's result, computed again in the backward and kept on the host until then as it is to be."""
-    with nullcontext() if offload is None else offload.keep(block):
-        if block.recomputes and torch.is_grad_enabled():
-            return recomputed(block, *inputs, **options)
-        result: Tensor = block(*inputs, **options)
-        return result
-
-
-def recomputed_parts(
-    recompute: Recompute, layers: Iterable[int], chosen: Container[int] | None, modules: Collection[str]
-) -> dict[int, Collection[str]]:
-    """What each block computes again: "block" is all of it, "core" and "mlp" are parts; None chooses all blocks."""
-    parts: Collection[str] = {"none": (), "selective": modules, "full": ("block",)}[recompute]
-    return {number: parts if chosen is None or number in chosen else () for number in layers}
 
 
 def make_norm(config: ModelConfig, **options: Any) -> nn.Module:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.model.config import ModelConfig
-from weft.model.decoder import TIED, Block, Recompute, ResidualDropout, make_norm, recomputed_parts, run_block
+from weft.model.decoder import TIED, Block, ResidualDropout, make_norm
+from weft.model.recompute import Recompute, recomputed_parts, run_block
 from weft.parallel import (
     DropoutKey,
     ParallelCrossAttention,
@@ -17,6 +18,7 @@ from weft.parallel import (
     VocabParallelHead,
 )
 from weft.parallel.offload import ActivationOffload
+from weft.parallel.tensor.cache import CachedLayer, CachedTokens, Contexts
 
 
 class CrossBlock(Block):
@@ -42,14 +44,18 @@ class CrossBlock(Block):
     def forward(  # type: ignore[override]
         self,
         y: Tensor,
-        context: Tensor,
+        context: Tensor | tuple[Tensor, Tensor],
         *,
         mask: Tensor | None,
         visible: Tensor | None,
         dropout_key: DropoutKey | None = None,
+        cache: CachedLayer | None = None,
     ) -> Tensor:
-        """`mask`: added to the scores within y; `visible`: boolean, what of the context may be attended to."""
-        y = self.attend(y, mask=mask, dropout_key=dropout_key)
+        """`mask`: added to the scores within y; `visible`: what of the context may be attended to, boolean or added.
+
+        `context`: the encoder's output, or its keys and values; with a `cache`, y goes on from what that holds.
+        """
+        y = self.attend(y, mask=mask, dropout_key=dropout_key, cache=cache)
         crossed = self.cross_attn(self.cross_attention_layernorm(y), context, mask=visible, dropout_key=dropout_key)
         y = y + self.cross_dropout(crossed, dropout_key)
         fed = self.mlp(self.post_attention_layernorm(y), dropout_key)
@@ -175,7 +181,21 @@ class EncoderDecoderStage(nn.Module):
         visible = None if mask is None else mask.bool()[:, None, None]  # [batch, 1, 1, sequence]
         x = self._encode(x, visible, dropout_key)
         y = self._decode(y, x, visible, dropout_key)
-        return self._logits(y, dropout_key) if self.last else (x, mask, y)
+        return self.logits(y, dropout_key) if self.last else (x, mask, y)
+
+    def read(self, x: Tensor, mask: Tensor) -> Tensor:
+        """This stage's part of the encoder, `[batch, sequence, hidden]`; `mask`: boolean, what is no padding."""
+        return self._encode(x, mask[:, None, None], None)
+
+    def write(self, y: Tensor, cache: CachedTokens, contexts: Contexts) -> Tensor:
+        """This stage's part of the decoder for new tokens of texts that the cache knows, `[batch, queries, hidden]`."""
+        assert isinstance(self.decoder_bias, RelativePositionBias)
+        bias = self.decoder_bias.at(cache.positions, cache.length)
+        seen = cache.mask_within(None)
+        mask = bias if seen is None else bias + seen
+        for name, block in self.decoder.items():
+            y = block(y, contexts.layers[name], mask=mask, visible=contexts.mask, cache=cache.layer(name))
+        return y
 
     def _encode(self, x: Tensor, visible: Tensor | None, key: DropoutKey | None) -> Tensor:
         if self.encoder:
@@ -201,7 +221,8 @@ class EncoderDecoderStage(nn.Module):
     def _length(self, x: Tensor) -> int:
         return x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
 
-    def _logits(self, y: Tensor, key: DropoutKey | None) -> Tensor:
+    def logits(self, y: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """This rank's part of the vocabulary's logits, on the last stage: `[batch, sequence, ceil(vocab / tensor)]`."""
         y = self.output_dropout(self.norm(y), key)
         if self.config.logits_scaled:
             y = y * self.config.hidden_size**-0.5

@@ -42,6 +42,7 @@ def observe(placement: Placement, tokens: Sequence[int], top: int) -> Observatio
     Every stage's hidden states and attention maps are gathered, so this is for short texts.
     """
     ((index, stage),) = placement.stages.items()
+    assert isinstance(stage, DecoderStage)
     pipeline = placement.pipeline
     device = next(stage.parameters()).device
     x = torch.tensor([tokens], device=device)

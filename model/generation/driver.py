@@ -42,6 +42,7 @@ class Session:
             self._slots,
             worker.capacity,
             replicas=self._replicas,
+            apart=worker.config.kind == "encoder-decoder",
             renewed_at=worker.config.renewed_at,
         )
         ranks = mesh.mesh.select(2, 0)  # [pipeline, data, tensor]

@@ -34,6 +34,7 @@ class Plan:
         fresh: every row starts at position 0, in a slot that is taken anew.
         top: the likeliest tokens to tell with their log-probabilities; 0 tells that of the chosen token alone,
             -1 none.
+        parents: the slot whose text each row goes on from; None: its own.
     """
 
     kind: Kind
@@ -44,6 +45,7 @@ class Plan:
     sampling: Tensor
     fresh: bool = False
     top: int = NO_LOGPROBS
+    parents: list[int] | None = None
 
     @property
     def rows(self) -> int:
@@ -91,24 +93,25 @@ class Plan:
 
     def encode(self) -> Tensor:
         """The plan as a row of float64, which holds every token's number."""
-        head = [self.kind, self.first, self.rows, self.queries, self.fresh, self.top]
-        parts = [torch.tensor(head), self.tokens.flatten(), self.starts, self.last, self.sampling.flatten()]
+        head = [self.kind, self.first, self.rows, self.queries, self.fresh, self.top, self.parents is not None]
+        parents = torch.tensor(self.parents or [0] * self.rows, dtype=torch.int64)
+        parts = [torch.tensor(head), self.tokens.flatten(), self.starts, self.last, self.sampling.flatten(), parents]
         return torch.cat([part.double() for part in parts])
 
 
-HEAD = 6
+HEAD = 7
 
 
 def encoded_length(rows: int, queries: int) -> int:
     """Numbers in an encoded plan of that size."""
-    return HEAD + rows * (queries + 2 + len(LIKELIEST))
+    return HEAD + rows * (queries + 3 + len(LIKELIEST))
 
 
 def decode(message: Tensor) -> Plan:
     """The plan that `Plan.encode` gave; what follows it is left unread."""
-    kind, first, rows, queries, fresh, top = (int(number) for number in message[:HEAD])
-    sizes = (rows * queries, rows, rows, rows * len(LIKELIEST))
-    tokens, starts, last, sampling = message[HEAD : HEAD + sum(sizes)].split(sizes)
+    kind, first, rows, queries, fresh, top, branched = (int(number) for number in message[:HEAD])
+    sizes = (rows * queries, rows, rows, rows * len(LIKELIEST), rows)
+    tokens, starts, last, sampling, parents = message[HEAD : HEAD + sum(sizes)].split(sizes)
     return Plan(
         Kind(kind),
         first,
@@ -118,6 +121,7 @@ def decode(message: Tensor) -> Plan:
         sampling.view(rows, len(LIKELIEST)),
         bool(fresh),
         top,
+        parents.long().tolist() if branched else None,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from weft.model.generation.beams import BeamSearch
 from weft.model.generation.plan import NO_LOGPROBS
 from weft.model.generation.sampling import Sampling
 
@@ -32,6 +33,9 @@ class Request:
         stop_tokens: tokens that end the text; they are not part of it.
         top: likeliest tokens to tell with their log-probabilities; 0 tells that of the chosen token alone, -1 none.
         score: whether the prompt's own tokens are scored first.
+        beams: of more than one, the best text that a beam search finds is taken; nothing is drawn, and `watch` is told
+            of its tokens when all are there.
+        length_penalty: of the beam search.
         watch: called after every token and at the end; True ends the text here.
         cancelled: set from any thread, ends the text before its next token.
         generated: the new tokens.
@@ -45,12 +49,15 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     top: int = NO_LOGPROBS
     score: bool = False
+    beams: int = 1
+    length_penalty: float = 1.0
     watch: Callable[["Request"], bool] | None = None
     cancelled: bool = False
     generated: list[Token] = field(default_factory=list)
     scores: list[Token] = field(default_factory=list)
     scored: bool = False
     finish: Finish | None = None
+    search: BeamSearch | None = None
 
     @property
     def to_score(self) -> bool:
@@ -61,6 +68,19 @@ class Request:
     def length(self) -> int:
         """Tokens of the whole text so far."""
         return len(self.tokens) + len(self.generated)
+
+    def end_search(self) -> None:
+        """Take the best text that was found."""
+        assert self.search is not None
+        *tokens, last = self.search.best
+        stopped = last in self.stop_tokens
+        reason: Finish = "stop" if stopped else "length"
+        for number in tokens if stopped else self.search.best:
+            self.generated.append(Token(number))
+            if self.watch is not None and self.watch(self):
+                reason = "stop"
+                break
+        self.end(reason)
 
     def end(self, reason: Finish) -> None:
         self.finish = reason

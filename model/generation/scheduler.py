@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from weft.model.generation.beams import BeamSearch
 from weft.model.generation.plan import NO_LOGPROBS, Kind, Plan
 from weft.model.generation.request import Request, read_token
 from weft.model.generation.sampling import LIKELIEST
@@ -38,6 +40,16 @@ class Group:
     under_way: tuple[Plan, list[Request | None]] | None = None
 
 
+class Row(NamedTuple):
+    """One row of a plan: its token and that token's position, and the slot of the group whose text it goes on from."""
+
+    token: int
+    start: int
+    sampling: list[float]
+    top: int
+    parent: int
+
+
 @dataclass
 class Scheduler:
     """Texts that wait, texts in slots, and plans for them.
@@ -47,6 +59,8 @@ class Scheduler:
         slots: texts of each group.
         capacity: tokens of a text, its prompt included.
         replicas: the groups take turns in belonging to one of that many replicas, each with a cache of its own.
+        apart: the new tokens stand in a text of their own, as a decoder's behind an encoder do, which may have
+            `capacity` tokens beside the prompt's.
         renewed_at: the length at which a text's positions turn otherwise than before, so that it is computed anew.
     """
 
@@ -54,6 +68,7 @@ class Scheduler:
     slots: int
     capacity: int
     replicas: int = 1
+    apart: bool = False
     renewed_at: int | None = None
     waiting: deque[Request] = field(default_factory=deque)
 
@@ -78,9 +93,24 @@ class Scheduler:
         """Raises ValueError when the text could never have its turn."""
         if not request.tokens:
             raise ValueError("the prompt is empty; give at least one token")
-        if len(request.tokens) + bool(request.max_tokens) > self.capacity:
+        if len(request.tokens) + bool(request.max_tokens and not self.apart) > self.capacity:
             raise ValueError(
                 f"the prompt has {len(request.tokens)} tokens, but a text may have {self.capacity}, new tokens included"
+            )
+        if request.score and self.apart:
+            raise ValueError("a prompt that an encoder reads has no log-probabilities; score texts with a decoder")
+        if request.beams > 1:
+            self._check_search(request)
+
+    def _check_search(self, request: Request) -> None:
+        if request.beams > self.slots:
+            raise ValueError(f"{request.beams} beams need as many slots, but there are {self.slots}; give it more")
+        if request.sampling.temperature or request.sampling.repetition_penalty != 1:
+            raise ValueError("a beam search draws nothing and has no repetition penalty; leave sampling out")
+        if self.renewed_at and request.length < self.renewed_at <= request.length + request.max_tokens:
+            raise ValueError(
+                f"a beam search cannot go on beyond {self.renewed_at - 1} tokens, where positions turn otherwise; "
+                "choose fewer new tokens"
             )
 
     def cancel_all(self) -> None:
@@ -102,7 +132,7 @@ class Scheduler:
         """The next plan of a group, now under way; None when it has nothing to do."""
         group = self._groups[number]
         self._drop_cancelled(group)
-        work = self._score() or self._admit(group) or self._renew(group) or _extend(group)
+        work = self._score() or self._admit(group) or self._renew(group) or self._extend(group)
         group.under_way = work
         return work[0] if work else None
 
@@ -117,13 +147,18 @@ class Scheduler:
         assert group.under_way is not None
         plan, texts = group.under_way
         group.under_way = None
+        searched: dict[Request, list[list[float]]] = {}
         for text, row in zip(texts, answer.tolist(), strict=True):
             if text is None:
                 continue
             if plan.kind == Kind.SCORE:
                 self._take_scores(text, row)
+            elif text.search is not None:
+                searched.setdefault(text, []).append(row)
             else:
                 self._take_token(text, row)
+        for text, rows in searched.items():
+            self._take_candidates(text, rows)
         group.texts = [None if text is not None and text.finish else text for text in group.texts]
 
     def _take_scores(self, text: Request, row: list[list[float]]) -> None:
@@ -144,14 +179,30 @@ class Scheduler:
             text.generated.append(token)
             if text.watch is not None and text.watch(text):
                 text.end("stop")
-            elif len(text.generated) >= text.max_tokens or text.length >= self.capacity:
+            elif len(text.generated) >= self._most(text):
                 text.end("length")
+
+    def _most(self, text: Request) -> int:
+        """New tokens that the text may have."""
+        return min(text.max_tokens, self.capacity if self.apart else self.capacity - len(text.tokens))
+
+    def _take_candidates(self, text: Request, rows: list[list[float]]) -> None:
+        search = text.search
+        assert search is not None
+        if text.cancelled:
+            text.end("cancelled")
+            return
+        told = [read_token(row, search.width) for row in rows[: len(search.running)]]
+        search.advance([token.likeliest for token in told])
+        if search.over:
+            text.end_search()
 
     def _drop_cancelled(self, group: Group) -> None:
         for slot, text in enumerate(group.texts):
             if text is not None and text.cancelled:
                 group.texts[slot] = None
-                text.end("cancelled")
+                if text.finish is None:
+                    text.end("cancelled")
         gone = [text for text in self.waiting if text.cancelled]
         if gone:
             self.waiting = deque(text for text in self.waiting if not text.cancelled)
@@ -168,13 +219,15 @@ class Scheduler:
 
     def _admit(self, group: Group) -> tuple[Plan, list[Request | None]] | None:
         """A plan for texts that take consecutive free slots; the groups share what there is to do."""
-        share = -(-(self.active + len(self.waiting)) // self.groups)
+        share = -(-(self.active + sum(text.beams for text in self.waiting)) // self.groups)
         room = share - sum(text is not None for text in group.texts)
-        free = [slot for slot, text in enumerate(group.texts) if text is None]
-        if not self.waiting or not free or room < 1:
+        if not self.waiting or room < 1:
             return None
+        if self.waiting[0].beams > 1:
+            return self._admit_search(group)
+        free = [slot for slot, text in enumerate(group.texts) if text is None]
         run = list(takewhile(lambda slot: slot - free[0] == free.index(slot), free))
-        ready = list(takewhile(lambda text: not text.to_score, self.waiting))
+        ready = list(takewhile(lambda text: not text.to_score and text.beams == 1, self.waiting))
         texts = _fitting(ready, min(room, len(run)))
         if not texts:
             return None
@@ -183,12 +236,61 @@ class Scheduler:
             group.texts[slot] = text
         return _prompts(Kind.EXTEND, group.first + run[0], texts), list(texts)
 
+    def _admit_search(self, group: Group) -> tuple[Plan, list[Request | None]] | None:
+        """A plan for the prompt of a text that takes a slot for each of its beams."""
+        text = self.waiting[0]
+        slots = range(self.slots - text.beams + 1)
+        first = next((slot for slot in slots if not any(group.texts[slot : slot + text.beams])), None)
+        if first is None:
+            return None
+        self.waiting.popleft()
+        group.texts[first : first + text.beams] = [text] * text.beams
+        text.search = BeamSearch(text.beams, self._most(text), text.stop_tokens, text.length_penalty)
+        return _prompts(Kind.EXTEND, group.first + first, [text]), [text]
+
     def _renew(self, group: Group) -> tuple[Plan, list[Request | None]] | None:
         """A plan for a text that is computed anew, with the tokens that it has."""
         for slot, text in enumerate(group.texts):
             if text is not None and text.length == self.renewed_at and text.generated:
                 return _prompts(Kind.EXTEND, group.first + slot, [text]), [text]
         return None
+
+    def _extend(self, group: Group) -> tuple[Plan, list[Request | None]] | None:
+        """One more token for every text of the group; free slots between them are computed and not looked at."""
+        held = [slot for slot, text in enumerate(group.texts) if text is not None]
+        if not held:
+            return None
+        slots = range(held[0], held[-1] + 1)
+        rows = [self._row(group, slot) for slot in slots]
+        parents = [group.first + row.parent for row in rows]
+        first = group.first + held[0]
+        plan = Plan(
+            Kind.EXTEND,
+            first,
+            torch.tensor([[row.token] for row in rows]),
+            torch.tensor([row.start for row in rows]),
+            torch.zeros(len(rows), dtype=torch.int64),
+            torch.tensor([row.sampling for row in rows], dtype=torch.float64),
+            top=max(row.top for row in rows),
+            parents=None if parents == list(range(first, first + len(rows))) else parents,
+        )
+        return plan, group.texts[slots.start : slots.stop]
+
+    def _row(self, group: Group, slot: int) -> Row:
+        """What a slot's text goes on with."""
+        text = group.texts[slot]
+        before = 0 if self.apart or text is None else len(text.tokens) - 1  # the first new token's place
+        if text is None:
+            return Row(0, 0, LIKELIEST, NO_LOGPROBS, slot)
+        if text.search is None:
+            count = len(text.generated)
+            return Row(text.generated[-1].number, before + count, text.sampling.row(count), text.top, slot)
+        first = group.texts.index(text)
+        running = text.search.running
+        if slot - first >= len(running):
+            return Row(0, 0, LIKELIEST, NO_LOGPROBS, slot)
+        beam = running[slot - first]
+        return Row(beam.tokens[-1], before + len(beam.tokens), LIKELIEST, text.search.width, first + beam.parent)
 
 
 def _fitting(texts: Sequence[Request], most: int) -> list[Request]:
@@ -208,7 +310,7 @@ def _prompts(kind: Kind, first: int, texts: Sequence[Request]) -> Plan:
     longest = max(map(len, whole))
     rows = [[*tokens, *[tokens[-1]] * (longest - len(tokens))] for tokens in whole]
     # the log-probability is what a score is about
-    top = max(text.top for text in texts) if kind == Kind.EXTEND else max(0, *(text.top for text in texts))
+    top = max(text.search.width if text.search else text.top for text in texts)
     return Plan(
         kind,
         first,
@@ -217,29 +319,5 @@ def _prompts(kind: Kind, first: int, texts: Sequence[Request]) -> Plan:
         torch.tensor([len(tokens) - 1 for tokens in whole]),
         torch.tensor([text.sampling.row(len(text.generated)) for text in texts], dtype=torch.float64),
         fresh=True,
-        top=top,
+        top=top if kind == Kind.EXTEND else max(0, top),
     )
-
-
-def _extend(group: Group) -> tuple[Plan, list[Request | None]] | None:
-    """One more token for every text of the group; free slots between them are computed and not looked at."""
-    held = [slot for slot, text in enumerate(group.texts) if text is not None]
-    if not held:
-        return None
-    texts = group.texts[held[0] : held[-1] + 1]
-    tokens, starts, sampling, top = [], [], [], NO_LOGPROBS
-    for text in texts:
-        tokens.append([text.generated[-1].number if text is not None else 0])
-        starts.append(text.length - 1 if text is not None else 0)
-        sampling.append(text.sampling.row(len(text.generated)) if text is not None else LIKELIEST)
-        top = max(top, text.top if text is not None else top)
-    plan = Plan(
-        Kind.EXTEND,
-        group.first + held[0],
-        torch.tensor(tokens),
-        torch.tensor(starts),
-        torch.zeros(len(texts), dtype=torch.int64),
-        torch.tensor(sampling, dtype=torch.float64),
-        top=top,
-    )
-    return plan, list(texts)

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.model.config import ModelConfig
-from weft.model.decoder import DecoderStage
+from weft.model.generation.memory import open_memory
 from weft.model.generation.plan import NO_LOGPROBS, Kind, Plan
 from weft.model.generation.sampling import PENALTY, choose, penalize
 from weft.model.generation.vocabulary import likeliest, log_normalizer, logits_of
-from weft.parallel import KeyValueCache, ParallelSelfAttention, gather
+from weft.model.stage import Stage
+from weft.parallel import gather
 from weft.parallel.pipeline.channels import open_channels
 from weft.parallel.pipeline.table import Schedule
 from weft.parallel.pipeline.transport import DATA, Pending, Transport
@@ -31,7 +32,7 @@ class Placement:
         schedule: says which pipeline rank holds which stage.
     """
 
-    stages: dict[int, DecoderStage]
+    stages: dict[int, Stage]
     schedule: Schedule
     tensor: DeviceMesh
     pipeline: DeviceMesh
@@ -65,7 +66,8 @@ class Worker:
         if pack:
             for stage in placement.stages.values():
                 pack_weights(stage, rows=-(-slots // placement.pipeline.size()))
-        self.caches = {index: _cache(stage, slots, capacity, self.device) for index, stage in placement.stages.items()}
+        stages = placement.stages.items()
+        self.memories = {index: open_memory(stage, slots, capacity, self.device) for index, stage in stages}
         self._seen: Tensor | None = None
         self._sent: list[tuple[Pending, int, Tensor]] = []
         self._transport: Transport | None = None
@@ -80,7 +82,7 @@ class Worker:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.bytes for cache in self.caches.values())
+        return sum(memory.bytes for memory in self.memories.values())
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor | None:
@@ -94,8 +96,11 @@ class Worker:
                 x = None
                 continue
             if x is None:
-                x = self._receive(plan, schedule.rank_of(index - 1))
-            x = self._run_stage(index, plan, x)
+                x = self._receive(plan.rows, self.memories[index].given(plan), schedule.rank_of(index - 1))
+            memory = self.memories[index]
+            if plan.parents is not None:
+                memory.branch(plan, plan.parents)
+            x = memory.run(plan, x)
             if index == schedule.stages - 1:
                 answer = self._answer(plan, self.placement.stages[index], x)
             elif schedule.rank_of(index + 1) != rank:
@@ -109,19 +114,10 @@ class Worker:
         for index in range(1, self.placement.schedule.stages):
             yield rank_of(index - 1), rank_of(index)
 
-    def _run_stage(self, index: int, plan: Plan, x: Tensor) -> Tensor:
-        stage = self.placement.stages[index]
-        if plan.kind == Kind.SCORE:
-            return stage.hidden(x, lengths=plan.lengths)
-        positions = plan.positions.to(self.device)
-        length = max(plan.starts.tolist()) + plan.queries
-        cache = self.caches[index].open(plan.first, positions, length, lengths=plan.lengths, fresh=plan.fresh)
-        return stage.hidden(x, cache=cache)
-
-    def _answer(self, plan: Plan, stage: DecoderStage, x: Tensor) -> Tensor:
+    def _answer(self, plan: Plan, stage: Stage, x: Tensor) -> Tensor:
         if plan.kind == Kind.SCORE:
             return self._score(plan, stage, x)
-        if plan.queries > 1:
+        if x.shape[1] > 1:
             x = x[torch.arange(plan.rows, device=self.device), plan.last.to(self.device)][:, None]
         logits = stage.logits(x)[:, 0]  # [rows, vocab / tensor]
         tokens = self._choose(plan, logits)
@@ -148,9 +144,11 @@ class Worker:
         seen = self._seen[plan.first : plan.first + plan.rows]
         if plan.fresh:
             seen.zero_()
-        return seen.scatter_(1, plan.tokens.to(self.device), True)
+        start = self.config.start_token if plan.fresh else None  # a decoder behind an encoder does not write the prompt
+        tokens = plan.tokens if start is None else torch.full((plan.rows, 1), start)
+        return seen.scatter_(1, tokens.to(self.device), True)
 
-    def _score(self, plan: Plan, stage: DecoderStage, x: Tensor) -> Tensor:
+    def _score(self, plan: Plan, stage: Stage, x: Tensor) -> Tensor:
         """Of each token but the first: its number, its log-probability given those before it, and the likeliest."""
         targets = plan.tokens[:, 1:].to(self.device)
         per_token = plan.rows * self.vocab_size * 4
@@ -172,12 +170,11 @@ class Worker:
             columns += [numbers.double(), (values - normalizer[..., None]).double()]
         return torch.cat(columns, -1).cpu()
 
-    def _receive(self, plan: Plan, peer: int) -> Tensor:
+    def _receive(self, rows: int, positions: int, peer: int) -> Tensor:
         assert self._transport is not None
         stage = next(iter(self.placement.stages.values()))
-        x = torch.empty(
-            plan.rows, plan.queries, stage.config.hidden_size, device=self.device, dtype=next(stage.parameters()).dtype
-        )
+        shape = (rows, positions, stage.config.hidden_size)
+        x = torch.empty(shape, device=self.device, dtype=next(stage.parameters()).dtype)
         self._wait(self._transport.receive(x, peer, DATA, _nothing_came), peer)
         return x
 
@@ -197,16 +194,3 @@ def _nothing_came() -> str:
 
 def _not_taken() -> str:
     return "a stage's result was not taken"
-
-
-def _cache(stage: DecoderStage, slots: int, capacity: int, device: torch.device) -> KeyValueCache:
-    attentions = [module for module in stage.modules() if isinstance(module, ParallelSelfAttention)]
-    return KeyValueCache(
-        stage.layers,
-        slots=slots,
-        capacity=capacity,
-        kv_heads=attentions[0].local_kv_heads if attentions else 0,
-        head_dim=attentions[0].head_dim if attentions else 0,
-        device=device,
-        dtype=next(stage.parameters()).dtype,
-    )

@@ -164,12 +164,14 @@ class ParallelSelfAttention(Packable):
         )
 
     def _into_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.qk_norm == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
-        if self.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        norms = (None, None) if self.qk_norm == "none" else (self.q_norm, self.k_norm)
+        return self._heads(q, norms[0]), self._heads(k, norms[1]), self._heads(v, None)
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is not None and self.qk_norm == "projection":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return norm(x) if norm is not None and self.qk_norm == "head" else x
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_key: DropoutKey | None) -> Tensor:
         mask = self._within_window(q, k, mask)
@@ -238,14 +240,24 @@ class ParallelCrossAttention(ParallelSelfAttention):
     def _common_inputs(self) -> list[tuple[ColumnParallelLinear, ...]]:
         return [(self.q_proj,), (self.k_proj, self.v_proj)]
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, dropout_key: DropoutKey | None = None
-    ) -> Tensor:
-        """`mask`: added to the scores or boolean (True: attend), broadcast to `[batch, heads / tensor, sequence,
-        context sequence]`."""
-        (q,) = self._matmul(x, self.q_proj)
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What the context is to every x, each `[batch, kv_heads / tensor, context sequence, head_dim]`."""
         k, v = self._matmul(context, self.k_proj, self.v_proj)
-        q, k, v = self._into_heads(q, k, v)
+        return self._heads(k, None), self._heads(v, None)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | tuple[Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> Tensor:
+        """`context`: or what `keys_and_values` made of it. `mask`: added to the scores or boolean (True: attend),
+        broadcast to `[batch, heads / tensor, sequence, context sequence]`."""
+        (q,) = self._matmul(x, self.q_proj)
+        k, v = context if isinstance(context, tuple) else self.keys_and_values(context)
+        q = self._heads(q, None)
         if self.recompute_core and torch.is_grad_enabled():
             heads = recomputed(self._attend, q, k, v, mask, dropout_key)
         else:

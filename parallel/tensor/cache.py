@@ -7,6 +7,7 @@ without being cleared, since no token attends beyond its own position.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,11 @@ class KeyValueCache:
         if lengths is None:
             lengths = (positions.amax(1) + 1).tolist()
         return CachedTokens(self, first, positions, length, lengths, entries, fresh)
+
+    def branch(self, first: int, parents: Sequence[int], length: int) -> None:
+        """Let consecutive slots hold the first `length` tokens of the slots `parents`, which may be some of them."""
+        for stored in (*self.keys.values(), *self.values.values()):
+            stored[first : first + len(parents), :, :length] = stored[list(parents), :, :length]
 
 
 @dataclass(frozen=True)
@@ -136,3 +142,60 @@ class CachedLayer:
         if tokens.fresh:
             return new
         return stored[tokens.first : tokens.first + new.shape[0], :, : tokens.length]
+
+
+class ContextCache(KeyValueCache):
+    """Keys and values of contexts that do not grow, such as an encoder's output, one in each slot."""
+
+    def __init__(self, layers: Iterable[str], *, slots: int, capacity: int, **options: Any) -> None:
+        super().__init__(layers, slots=slots, capacity=capacity, **options)
+        self.lengths = [1] * slots
+        self._numbers, self._begun = [0] * slots, 0
+
+    def begin(self, first: int, lengths: Sequence[int]) -> None:
+        """Take consecutive slots for contexts of so many tokens."""
+        for slot, length in enumerate(lengths, first):
+            self._begun += 1
+            self.lengths[slot], self._numbers[slot] = length, self._begun
+
+    def keep(self, name: str, first: int, k: Tensor, v: Tensor) -> None:
+        """Store a layer's keys and values, each `[rows, kv_heads / tensor, tokens, head_dim]`."""
+        for stored, new in ((self.keys[name], k), (self.values[name], v)):
+            stored[first : first + len(new), :, : new.shape[2]] = new
+
+    def share(self, first: int, parents: Sequence[int]) -> None:
+        """Let consecutive slots hold the contexts of the slots `parents`."""
+        slots = range(first, first + len(parents))
+        if [self._numbers[slot] for slot in slots] != [self._numbers[parent] for parent in parents]:
+            # beams of one text have the same context, which is copied once
+            self.branch(first, parents, max(self.lengths[parent] for parent in parents))
+        self.lengths[first : slots.stop] = [self.lengths[parent] for parent in parents]
+        self._numbers[first : slots.stop] = [self._numbers[parent] for parent in parents]
+
+    def view(self, first: int, rows: int) -> "Contexts":
+        """The contexts of consecutive slots."""
+        lengths = self.lengths[first : first + rows]
+        longest = max(lengths)
+        part = slice(first, first + rows)
+        stored = {
+            name: (self.keys[name][part, :, :longest], self.values[name][part, :, :longest]) for name in self.keys
+        }
+        mask = None
+        if min(lengths) < longest and stored:
+            like = next(iter(self.keys.values()))
+            hidden = torch.arange(longest, device=like.device) >= torch.tensor(lengths, device=like.device)[:, None]
+            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
+        return Contexts(stored, mask)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What a forward looks at beside its own text.
+
+    Attributes:
+        layers: each layer's keys and values, `[rows, kv_heads / tensor, longest, head_dim]`.
+        mask: added to the scores, `[rows, 1, 1, longest]`; None where all contexts are equally long.
+    """
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    mask: Tensor | None

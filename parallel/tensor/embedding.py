@@ -93,6 +93,7 @@ class VocabParallelHead(Packable):
 
     shardings: dict[str, Sharding]
     weight_gradient_queue: WeightGradientQueue | None = None
+    _packed: PackedWeight | None = None
 
     def __init__(
         self,
@@ -116,7 +117,6 @@ class VocabParallelHead(Packable):
         self.weight = weight if weight is not None else nn.Parameter(torch.empty(sharding.local_shape, **factory))
         rank = mesh.get_local_rank()
         self.held_rows = sum(part.length for part in sharding.slices(rank))
-        self._packed: PackedWeight | None = None
         if weight is None:
             self.reset_parameters()
 

@@ -150,6 +150,8 @@ class RowParallelLinear(ParallelLinear, Packable):
         ValueError: `in_features` does not divide over the ranks.
     """
 
+    _packed: PackedWeight | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -168,7 +170,6 @@ class RowParallelLinear(ParallelLinear, Packable):
         bias_sharding = replicated(mesh, (out_features,), partial_gradient=partial)
         super().__init__(in_features, out_features, bias, weight, bias_sharding, device=device, dtype=dtype)
         self.input_is_parallel, self.sequence_parallel = input_is_parallel, sequence_parallel
-        self._packed: PackedWeight | None = None
 
     def pack_weights(self, rows: int) -> None:
         self._packed = PackedWeight([self], rows=rows, bias=False)

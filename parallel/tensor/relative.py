@@ -43,10 +43,13 @@ class RelativePositionBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(sharding.local_shape, device=device, dtype=dtype))
 
     def forward(self, queries: int, keys: int) -> Tensor:
-        device = self.weight.device
-        distances = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None]
-        found = F.embedding(self._bucket(distances), self.weight)  # [queries, keys, heads / tensor]
-        return found.permute(2, 0, 1).unsqueeze(0)
+        return self.at(torch.arange(queries, device=self.weight.device)[None], keys)
+
+    def at(self, positions: Tensor, keys: int) -> Tensor:
+        """The bias of queries at those positions `[rows, queries]`, `[rows, heads / tensor, queries, keys]`."""
+        distances = torch.arange(keys, device=positions.device) - positions[..., None]
+        found = F.embedding(self._bucket(distances), self.weight)  # [rows, queries, keys, heads / tensor]
+        return found.permute(0, 3, 1, 2)
 
     def _bucket(self, distances: Tensor) -> Tensor:
         """The bucket of each distance, negative to the left."""

@@ -91,5 +91,5 @@ def test_options_on_the_page_are_those_of_the_command() -> None:
     page = GENERATE.read_text(encoding="utf-8")
     known = {option for parameter in generate_command.params for option in parameter.opts}
     listed = set(re.findall(r"`(--[a-z-]+)`", page.partition("| option | does |")[2].partition("## Serving")[0]))
-    assert len(listed) == 7
+    assert len(listed) == 9
     assert listed <= known
