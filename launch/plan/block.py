@@ -21,7 +21,8 @@ from weft.launch.plan.layout import Job, Layout
 from weft.launch.plan.recipe import Recipe
 from weft.launch.plan.shape import ModelShape
 
-PASSES_OF_NORMS = 10  # hidden-sized tensors that two norms and two residual sums read or write
+PASSES_OF_NORM = 2  # hidden-sized tensors that a norm reads or writes
+PASSES_OF_SUMS = 6  # and both residual sums
 PASSES_OF_SCORES = 8  # bytes per score in half precision: written, read and written by the softmax, read
 PASSES_OF_DROPOUT = 5  # bytes per score more with dropout: read, written, and its mask
 
@@ -185,8 +186,11 @@ def _plain(model: Model) -> float:
     features = (2 + 2 * shape.gated) * shape.intermediate / tensor
     if shape.positions == 0:
         features += 2 * (shape.query_features + shape.key_value_features) / tensor
-    kernels = 7 if model.recipe.attention == "fused" else 10
-    return model.plain(PASSES_OF_NORMS * model.norm_tokens * shape.hidden + model.tokens * features, kernels)
+    if shape.qk_norm != "none":
+        features += PASSES_OF_NORM * (shape.query_features + shape.key_value_features) / tensor
+    kernels = (5 if model.recipe.attention == "fused" else 8) + shape.block_norms + 2 * (shape.qk_norm != "none")
+    passes = PASSES_OF_NORM * shape.block_norms + PASSES_OF_SUMS
+    return model.plain(passes * model.norm_tokens * shape.hidden + model.tokens * features, kernels)
 
 
 def _attention_core(model: Model) -> tuple[float, float]:

@@ -112,7 +112,7 @@ class Step:
     def block(self) -> float:
         """What a block keeps without recompute: of two norms, attention, MLP and the masks of two dropouts."""
         masks = 2 * self.hidden * self.shape.dropout
-        return 2 * self.norm + self.attention + self.scores + self.mlp + masks
+        return self.shape.block_norms * self.norm + self.attention + self.scores + self.mlp + masks
 
     @property
     def kept_of_block(self) -> float:

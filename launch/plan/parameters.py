@@ -62,7 +62,7 @@ def rank_parameters(shape: ModelShape, layout: Layout, stages: list[int]) -> Sta
 
 @lru_cache
 def _plain_block(shape: ModelShape, tensor: int) -> float:
-    return 2 * shape.norm_parameters + _attention(shape, tensor) + _mlp(shape, shape.intermediate, tensor)
+    return shape.all_norm_parameters + _attention(shape, tensor) + _mlp(shape, shape.intermediate, tensor)
 
 
 @lru_cache
@@ -71,7 +71,7 @@ def _expert_block(shape: ModelShape, tensor: int, expert: int) -> StageParameter
     assert experts is not None
     shared = _mlp(shape, experts.shared_intermediate, tensor) if experts.shared_intermediate else 0.0
     routed = experts.count * shape.mlp_parameters(experts.intermediate) / (expert * tensor)
-    whole = 2 * shape.norm_parameters + _attention(shape, tensor) + shared + experts.count * shape.hidden
+    whole = shape.all_norm_parameters + _attention(shape, tensor) + shared + experts.count * shape.hidden
     return StageParameters(whole, routed)
 
 
@@ -85,7 +85,8 @@ def _attention(shape: ModelShape, tensor: int) -> float:
     query = shape.query_features / tensor
     keys = shape.key_value_features / min(tensor, shape.kv_heads)
     biases = (query + 2 * keys) * shape.qkv_bias + shape.hidden * shape.output_bias
-    return shape.hidden * (2 * query + 2 * keys) + biases
+    norms = {"none": 0.0, "head": shape.qk_norm_parameters, "projection": query + keys}[shape.qk_norm]
+    return shape.hidden * (2 * query + 2 * keys) + biases + norms
 
 
 def _mlp(shape: ModelShape, intermediate: int, tensor: int) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from weft.model.config import ModelConfig
@@ -53,6 +53,8 @@ class ModelShape:
         positions: rows of a table of learned positions; 0 for none.
         qkv_bias, output_bias, mlp_bias: whether these products add a vector.
         norm_vectors: vectors of one norm, 1 (RMS) or 2 (layer norm).
+        block_norms: norms of a block over the hidden features.
+        qk_norm: norm of queries and keys: of each "head", of the whole "projection", or "none".
         causal: whether a token attends only to those before it.
         dropout: whether the residual branches and the attention drop features in training.
     """
@@ -71,6 +73,8 @@ class ModelShape:
     output_bias: bool = False
     mlp_bias: bool = False
     norm_vectors: int = 1
+    block_norms: int = 2
+    qk_norm: Literal["none", "head", "projection"] = "none"
     causal: bool = True
     dropout: bool = False
     latent: LatentAttention | None = None
@@ -90,7 +94,14 @@ class ModelShape:
     def attention_parameters(self) -> int:
         """Parameters of one block's attention."""
         query, keys = self.query_features, self.key_value_features
-        return self.attention_matrices + (query + 2 * keys) * self.qkv_bias + self.hidden * self.output_bias
+        biases = (query + 2 * keys) * self.qkv_bias + self.hidden * self.output_bias
+        return self.attention_matrices + biases + self.qk_norm_parameters
+
+    @property
+    def qk_norm_parameters(self) -> int:
+        """Of the norms of one block's queries and keys."""
+        sizes = {"none": 0, "head": 2 * self.head_dim, "projection": self.query_features + self.key_value_features}
+        return sizes[self.qk_norm]
 
     @cached_property
     def attention_matrices(self) -> int:
@@ -116,10 +127,15 @@ class ModelShape:
     def norm_parameters(self) -> int:
         return self.norm_vectors * self.hidden
 
+    @property
+    def all_norm_parameters(self) -> int:
+        """Of a block's norms over the hidden features."""
+        return self.block_norms * self.norm_parameters
+
     @cached_property
     def layer_parameters(self) -> int:
         """Parameters of one block without experts."""
-        return self.attention_parameters + self.mlp_parameters(self.intermediate) + 2 * self.norm_parameters
+        return self.attention_parameters + self.mlp_parameters(self.intermediate) + self.all_norm_parameters
 
     @property
     def embedding_parameters(self) -> int:
@@ -153,7 +169,7 @@ class ModelShape:
         assert self.experts is not None
         routed = self.experts.count * (self.mlp_parameters(self.experts.intermediate) + self.hidden)
         shared = self.mlp_parameters(self.experts.shared_intermediate) if self.experts.shared_intermediate else 0
-        return self.attention_parameters + routed + shared + 2 * self.norm_parameters
+        return self.attention_parameters + routed + shared + self.all_norm_parameters
 
 
 def shape_of(config: "ModelConfig") -> ModelShape:
@@ -174,5 +190,7 @@ def shape_of(config: "ModelConfig") -> ModelShape:
         output_bias=config.output_bias,
         mlp_bias=config.mlp_bias,
         norm_vectors=2 if config.norm == "layer" else 1,
+        block_norms=2 * config.norm_before + 2 * (config.norm_after != "none"),
+        qk_norm=config.qk_norm,
         dropout=dropout,
     )
