@@ -51,4 +51,8 @@ def is_by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _has_wide_vectors() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
