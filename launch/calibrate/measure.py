@@ -19,6 +19,7 @@ from weft.launch.train import build_training_mesh
 from weft.model.config import ModelConfig, model_config
 from weft.parallel import build_mesh
 from weft.parallel.exchange import Pending, start_all_gather, start_all_reduce
+from weft.parallel.product import product
 
 RESULT, SETTINGS = "measured.json", "settings.yaml"
 MESSAGES = (4 * 2**10, 256 * 2**10, 2 * 2**20)  # bytes
@@ -110,7 +111,7 @@ class _Clock:
 def _product(shape: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
     m, k, n = shape
     x, weight = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
-    return lambda: F.linear(x, weight)
+    return lambda: product(x, weight)
 
 
 def _attention(config: ModelConfig, settings: Settings, device: torch.device) -> Callable[[], object]:
