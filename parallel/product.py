@@ -4,6 +4,7 @@ For float32 torch calls MKL, which holds processors of other makers than Intel t
 uses AVX-512 on all of them: twice as fast on an AMD EPYC. The results differ by rounding alone.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -51,8 +52,16 @@ def is_by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _has_wide_vectors() -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether torch has oneDNN's product; to be asked before its first one.
+
+    torch and oneDNN keep compiled code of each shape, 0.7 MB, for 1,024 shapes by default: where texts differ
+    in length, a GB. To compile again takes 0.3 ms.
+    """
+    for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(kept, "128")
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.parallel.product import has_onednn
+
 
 class PackedWeight:
     """`x W_i^T + b_i` of several layers as one product, for inference.
@@ -76,9 +78,4 @@ def _common_bias(layers: Sequence[nn.Module], sizes: Sequence[int]) -> Tensor | 
 
 
 def _can_block(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn()

@@ -1,5 +1,7 @@
 """Matrix products by the library that is chosen for them: right for every stride, and so the layers made of them."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -63,6 +65,24 @@ def products_of_a_step() -> tuple[str, int]:
     counts = {event.key: event.count for event in seen.key_averages()}
     assert not {"aten::mm", "aten::addmm", "aten::addmm_"} & counts.keys()
     return "mkldnn::_linear_pointwise", counts["mkldnn::_linear_pointwise"]
+
+
+MANY_SHAPES = """
+import psutil, torch
+from weft.parallel.product import product
+weight, memory = torch.randn(688, 256), psutil.Process().memory_info
+product(torch.randn(2048, 256), weight)
+before = memory().rss
+for rows in range(100, 1300):
+    product(torch.randn(rows, 256), weight)
+print((memory().rss - before) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not WIDE, reason="this processor has no AVX-512")
+def test_products_of_many_shapes_keep_little() -> None:
+    ran = subprocess.run([sys.executable, "-c", MANY_SHAPES], check=True, capture_output=True, text=True)
+    assert float(ran.stdout) < 500, "MiB; it is 900 when all shapes are kept"
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
