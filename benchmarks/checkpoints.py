@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from ranks import on_ranks
 
 from weft.launch.engine import Engine
 from weft.launch.saved_state import EngineState
@@ -178,14 +178,6 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def launch(function: Callable[..., Any], ranks: int, *arguments: Any) -> dict[int, Any]:
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0
-    )
-    results: dict[int, Any] = elastic_launch(config, function)(*arguments)
-    return results
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=896)
@@ -197,10 +189,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.only != "bytes":
             given = (arguments.hidden, arguments.steps, arguments.rounds, f"{folder}/saves")
-            show_saves(*launch(time_saves, 2, *given)[0], arguments.steps)
+            show_saves(*on_ranks(2, time_saves, *given)[0], arguments.steps)
         if arguments.only != "saves":
-            launch(save_by_tensor_4, 4, arguments.hidden, folder)
-            counts = launch(load_by_tensor_2_pipeline_2, 4, arguments.hidden, folder).values()
+            on_ranks(4, save_by_tensor_4, arguments.hidden, folder)
+            counts = on_ranks(4, load_by_tensor_2_pipeline_2, arguments.hidden, folder).values()
             needed, read = (sum(column) for column in zip(*counts, strict=True))
             print(f"tensor 4 to tensor 2 × pipeline 2: {needed:,} bytes needed, {read:,} read, {read / needed:.4f} ×")
 

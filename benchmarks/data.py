@@ -22,10 +22,11 @@ from contextlib import nullcontext
 from itertools import repeat
 from typing import Any
 
+import layouts
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,16 +37,8 @@ from weft.model.decoder import DecoderStage
 from weft.parallel import PipelineExecutor, PipelineStage, build_mesh, build_schedule
 from weft.parallel.data.gradients import total_norm
 
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 128,
-}
 MICROBATCHES, ROWS, LENGTH, RATE, CLIP = 4, 2, 128, 1e-3, 1.0
+MODEL = layouts.MODEL | {"max_position_embeddings": LENGTH}
 WIDTH, LAYERS = 256, 8
 Step = Callable[[], object]
 
@@ -200,15 +193,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     print(f"{'':<10} {'weft':>12} {'other':>12} {'ratio':>8}   fastest … slowest step")
     for name in arguments.comparisons or COMPARISONS:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=COMPARISONS[name][0],
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            run_id=name,
-        )
-        print(elastic_launch(config, compare)(name, arguments.steps)[0], flush=True)
+        print(on_ranks(COMPARISONS[name][0], compare, name, arguments.steps)[0], flush=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import argparse
 import os
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from ranks import on_ranks
 
 from weft.launch.engine import Engine
 from weft.launch.settings import build_settings
@@ -87,16 +87,7 @@ def train(layout: Layout, steps: int, sequence_parallel: bool) -> float:
 
 def measure(layout: Layout, steps: int, sequence_parallel: bool) -> float:
     """Tokens per second of a layout, from one start of its processes."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=layout.ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id="benchmark",
-        monitor_interval=0.1,
-    )
-    seconds: dict[int, Any] = elastic_launch(config, train)(layout, steps, sequence_parallel)
+    seconds = on_ranks(layout.ranks, train, layout, steps, sequence_parallel)
     return MICRO_SIZE * MICROBATCHES * SEQUENCE / max(seconds.values())
 
 

@@ -28,8 +28,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from blocks import WIDTH, Block, blocks_of, make_stage
+from ranks import on_ranks
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
@@ -279,15 +279,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", choices=PAIRS, default=list(PAIRS))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=arguments.ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id="pipeline",
-    )
-    print("\n".join(elastic_launch(config, compare)(arguments)[0]))
+    print("\n".join(on_ranks(arguments.ranks, compare, arguments)[0]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from ranks import on_ranks
 
 from weft.launch.calibrate.measure import cores_here
 from weft.launch.engine import Engine
@@ -109,8 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     predicted = predict(options.cluster)
-    config = LaunchConfig(1, 1, RANKS, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="planning")
-    of_ranks = elastic_launch(config, measure)(options.rounds, options.steps)
+    of_ranks = on_ranks(RANKS, measure, options.rounds, options.steps)
     measured, _, busy = of_ranks[0]
     cores = min(RANKS, cores_here())
     shared = {name: sum(worked[name] for _, worked, _ in of_ranks.values()) / cores for name in LAYOUTS}

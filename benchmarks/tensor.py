@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -258,10 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each contestant")
     rounds = parser.parse_args().rounds
-    config = LaunchConfig(
-        1, 1, RANKS, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="tensor", max_restarts=0
-    )
-    print_blocks(elastic_launch(config, measure)(rounds)[0])
+    print_blocks(on_ranks(RANKS, measure, rounds)[0])
     print_losses()
 
 
