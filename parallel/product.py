@@ -21,9 +21,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes: x `[…, in]`, weight `[out, in]`, result `[…, out]`.
     """
     if is_by_onednn(x, weight):
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return result
+        return onednn_product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's `product`, always without autograd; the weight may be in its own blocked layout."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:

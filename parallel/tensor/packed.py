@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.parallel.product import has_onednn
+from weft.parallel.product import has_onednn, onednn_product
 
 
 class PackedWeight:
@@ -41,8 +41,7 @@ class PackedWeight:
     def product(self, x: Tensor) -> Tensor:
         """The results beside each other, `[…, sum of out_i]`."""
         if self.is_blocked:
-            result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return result
+            return onednn_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
