@@ -200,18 +200,12 @@ class Outbox:
         self._sent: deque[tuple[Value, list[Pending], list[Tensor]]] = deque()
 
     def put(self, value: Value, tensors: Sequence[Tensor], header: bytes | None) -> None:
-        """Start sending a value, its header first; what does not leave at once is kept until it has been taken."""
+        """Start sending a value, its header first; the tensors are kept until they are known to have been taken."""
         what = partial(self._untaken, value)
         messages = [] if header is None else [(part, HEADER) for part in _header_messages(header)]
         messages += [(tensor.detach().contiguous(), DATA) for tensor in tensors]
-        works: list[Pending] = []
-        kept = []
-        for message, tag in messages:
-            work = self._transport.send(message, self._peer, tag, what)
-            if work is not None:
-                works.append(work)
-                kept.append(message)
-        self._sent.append((value, works, kept))
+        works = [self._transport.send(message, self._peer, tag, what) for message, tag in messages]
+        self._sent.append((value, works, [message for message, _ in messages]))
 
     def release(self, count: int) -> None:
         """Let go of the oldest `count` values; waits for those that the peer has not taken."""
