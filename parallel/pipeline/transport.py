@@ -50,7 +50,6 @@ class Transport:
         self.rank = dist.get_rank(self.group)
         self.device = device
         self.timeout = timeout
-        self._limit = timedelta(seconds=timeout)
         self.record = record or RankRecord()
         self._schedule = schedule
 
@@ -95,13 +94,13 @@ class Transport:
         """
         if work is None:
             return
-        started = perf_counter()
+        started, limit = perf_counter(), timedelta(seconds=self.timeout)
         try:
             if isinstance(work, OverLink) and work.is_there():  # nothing to wait for, so nothing to note
-                work.wait(self._limit)
+                work.wait(limit)
                 return
             self.record.await_rank(self._in_job(peer))
-            work.wait(self._limit)
+            work.wait(limit)
         except RuntimeError as error:
             if perf_counter() - started < 0.99 * self.timeout:
                 raise self._gone(peer, what) from error
