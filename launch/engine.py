@@ -37,6 +37,7 @@ from weft.parallel import (
     vocab_parallel_cross_entropy,
 )
 from weft.parallel.exchange import start_all_reduce
+from weft.parallel.fused import fuse_chains
 from weft.parallel.pipeline.executor import StepResult
 from weft.parallel.pipeline.payload import Nest
 from weft.parallel.pipeline.timeline import Timeline
@@ -242,6 +243,8 @@ class Engine:
             module.tie()
             self._fill(module)
             defer_partial_gradients(module)
+            if self.settings.train.compile and self.device.type != "meta":
+                fuse_chains(module)
             stages.append(PipelineStage(module, index, shared=module.tied_parameters))
         return stages
 

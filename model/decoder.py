@@ -30,6 +30,7 @@ from weft.parallel import (
     recomputed,
     split,
 )
+from weft.parallel.fused import Fusing
 from weft.parallel.offload import ActivationOffload
 from weft.parallel.random import Constant, Distribution, Normal
 from weft.parallel.tensor.cache import CachedLayer, CachedTokens
@@ -39,7 +40,7 @@ from weft.parallel.tensor.packed import Packable, PackedWeight
 TIED = "embed_tokens.weight"  # the name common to embedding and head where they share their weight
 
 
-class MLP(Packable):
+class MLP(Fusing, Packable):
     """`down(act(gate(x)) · up(x))`, or `down(act(up(x)))` without a gate: the intermediate features are split.
 
     Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` under sequence parallelism).
@@ -83,13 +84,18 @@ class MLP(Packable):
                 sequence_parallel=self.up_proj.sequence_parallel,
                 queue=self.up_proj.weight_gradient_queue,
             )
-            hidden = activate(gate, self.activation) * up  # [batch, sequence, intermediate / tensor]
+            hidden = self.fused(gated, gate, up, self.activation)  # [batch, sequence, intermediate / tensor]
         if self.training and self.dropout.p:
             width, mesh = hidden.shape[-1], self.up_proj.mesh
             offset, full = mesh.get_local_rank() * width, mesh.size() * width
             hidden = self.dropout(hidden, dropout_key, offset=offset, dim=2, full_size=full)
         result: Tensor = self.down_proj(hidden)
         return result
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`act(gate) · up`."""
+    return activate(gate, activation) * up
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -107,7 +107,7 @@ def _smaller(size: int, wanted: int, ranks: int) -> int:
 
 
 def arranged(settings: Settings, layout: Layout) -> Settings:
-    """The same settings in another layout; one process needs no recomputation."""
+    """The same settings in another layout; one process neither recomputes nor compiles: it is what all are held to."""
     parallel = settings.parallel
     offload = "activations" if parallel.offloads_activations else "none"
     stages = layout.pipeline * layout.stages_per_rank
@@ -123,9 +123,11 @@ def arranged(settings: Settings, layout: Layout) -> Settings:
         "sequence_parallel": layout.sequence_parallel,
         "split": parallel.split if parallel.split != "auto" and len(parallel.split) == stages else "auto",
     }
+    train = settings.train
     if layout == Layout():
         changes |= {"recompute": "none"}
-    return settings.model_copy(update={"parallel": parallel.model_copy(update=changes)})
+        train = train.model_copy(update={"compile": False})
+    return settings.model_copy(update={"parallel": parallel.model_copy(update=changes), "train": train})
 
 
 class EngineRun:
