@@ -338,7 +338,8 @@ class DecoderStage(nn.Module):
     def _embed(self, tokens: Tensor, key: DropoutKey | None, cache: CachedTokens | None) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
         if self.config.scaled_embedding:
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+            # rounded to the precision of x first, and filled in on the device: to copy it there the CPU would wait
+            x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
         if self.config.token_types:
             x = x + self.embed_types.weight[0]  # no token is of another type unless it is said
         if self.config.positions == "learned":
@@ -358,7 +359,8 @@ class DecoderStage(nn.Module):
         if cache is None and lengths is None:
             length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
             positions = torch.arange(length, device=x.device)
-            return {kind: rotary_table(positions, self.config.head_dim, kind, dtype=x.dtype) for kind in self._rotaries}
+            options: dict[str, Any] = {"dtype": x.dtype, "length": length}
+            return {kind: rotary_table(positions, self.config.head_dim, kind, **options) for kind in self._rotaries}
         if cache is not None:
             positions, lengths, size = cache.positions, cache.lengths, cache.cache.capacity
         else:
