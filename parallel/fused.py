@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MOST_GRAPHS = 64  # of one function: one for each shape; what comes after runs uncompiled
 
@@ -23,9 +24,12 @@ class Fusing(nn.Module):
     def fused(self, chain: Callable[..., Tensor], *args: Any) -> Tensor:
         """`chain(*args)`, compiled where the module trains after `fuse_chains`.
 
-        Texts to be evaluated or continued have many lengths, each of which would be compiled for itself.
+        Texts to be evaluated or continued have many lengths, each of which would be compiled for itself. Nor is it
+        compiled where every operation is watched, as of a step whose memory is counted: torch, which cannot compile
+        there, would never do so again.
         """
-        return (_compiled if self.fuses and torch.is_grad_enabled() else _as_it_is)(chain)(*args)
+        compiles = self.fuses and torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+        return (_compiled(chain) if compiles else chain)(*args)
 
 
 def fuse_chains(module: nn.Module) -> None:
@@ -39,7 +43,3 @@ def fuse_chains(module: nn.Module) -> None:
 def _compiled(chain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # The graph of a shape must not change between a forward and its recomputation, as one for any shape would.
     return torch.compile(chain, dynamic=False, recompile_limit=MOST_GRAPHS)  # type: ignore[call-overload,no-any-return]
-
-
-def _as_it_is(chain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return chain

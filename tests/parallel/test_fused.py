@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.parallel.comparison import close
-from weft.parallel import Dropout, DropoutKey
+from weft.parallel import Dropout, DropoutKey, track_memory
 from weft.parallel import fused as fused_file
 from weft.parallel.fused import Fusing, fuse_chains
 
@@ -24,7 +24,11 @@ def test_the_same_elements_are_dropped() -> None:
     dropout = Dropout(0.3, "layers.0.mlp")
     expected = outcome(dropout)
     fuse_chains(dropout)
+    with track_memory():  # as in the first step of a run
+        outcome(dropout)
+    compiled_before = torch._dynamo.utils.counters["frames"]["ok"]
     seen = outcome(dropout)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == compiled_before + 1
     assert 0.2 < float((expected[0] == 0).float().mean()) < 0.4
     for one, other in zip(seen, expected, strict=True):
         assert torch.equal(one == 0, other == 0)
