@@ -5,8 +5,10 @@ remains when every action waits for the values that it needs. Checker, simulator
 `needs`, `gives` and `traffic` of this file and know nothing else about pipelines.
 """
 
+import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -17,6 +19,22 @@ KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gr
 
 class ScheduleError(ValueError):
     """A schedule that cannot be built, or that would compute the wrong thing or hang."""
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Pause Python's cycle collector, as a context or a decorator.
+
+    A large table is millions of tuples, none of which is part of a cycle. The collector would go over all of them again
+    whenever there are a quarter more, which takes longer than making them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Action(NamedTuple):
@@ -166,12 +184,14 @@ class Schedule:
 
     def blocks(self, rank: int) -> Iterator[tuple[Action, ...]]:
         """The program of `rank` as blocks that start and end together: single actions, and overlapped pairs."""
-        actions = iter(self.programs[rank])
+        if not self.overlapped:
+            return zip(self.programs[rank], strict=True)
+        return self._blocks_with_pairs(self.programs[rank])
+
+    def _blocks_with_pairs(self, program: Iterable[Action]) -> Iterator[tuple[Action, ...]]:
+        actions = iter(program)
         for action in actions:
-            if action in self.overlapped:
-                yield (action, *islice(actions, 1))
-            else:
-                yield (action,)
+            yield (action, *islice(actions, 1)) if action in self.overlapped else (action,)
 
     def rank_of(self, stage: int) -> int:
         return self.placement[stage]
@@ -181,15 +201,16 @@ class Schedule:
         return [stage for stage, holder in enumerate(self.placement) if holder == rank]
 
 
-def _placement(name: str, programs: Sequence[Iterable[Action]]) -> tuple[int, ...]:
+def _placement(name: str, programs: Sequence[Sequence[Action]]) -> tuple[int, ...]:
     holders: dict[int, int] = {}
     for rank, program in enumerate(programs):
-        for action in program:
-            holder = holders.setdefault(action.stage, rank)
+        for stage in {action.stage for action in program}:
+            holder = holders.setdefault(stage, rank)
             if holder != rank:
+                action = next(action for action in program if holders.get(action.stage, rank) != rank)
                 raise ScheduleError(
                     f"schedule {name}: {action} is on rank {rank}, but stage {action.stage} is already on rank "
-                    f"{holder}; a stage lives on one rank"
+                    f"{holders[action.stage]}; a stage lives on one rank"
                 )
     stages = 1 + max(holders, default=-1)
     missing = [stage for stage in range(stages) if stage not in holders]
