@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from weft.parallel.pipeline.table import KINDS, Action, Schedule, ScheduleError, gives, needs
+from weft.parallel.pipeline.table import KINDS, Action, Schedule, ScheduleError, gives, needs, without_collector
 from weft.parallel.pipeline.timeline import Timeline
 
 UNKNOWN = float("inf")
@@ -78,6 +78,7 @@ def _per_stage(name: str, cost: float | Sequence[float], stages: int) -> list[fl
     return costs
 
 
+@without_collector()
 def simulate_schedule(schedule: Schedule, costs: ScheduleCosts | None = None) -> Timeline:
     """Run every program as early as its needs allow.
 
