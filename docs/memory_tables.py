@@ -63,10 +63,14 @@ CASES = (
     Case("pipeline 4, gpipe", {"pipeline": 4, "schedule": "gpipe"}),
     Case("pipeline 2, interleaved", {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2}),
     Case("pipeline 2, zb-h1", {"pipeline": 2, "schedule": "zb-h1"}),
+    Case("pipeline 4, zb-h1", {"pipeline": 4, "schedule": "zb-h1"}),
+    Case("pipeline 2, zb-h1, full recompute", {"pipeline": 2, "schedule": "zb-h1", "recompute": "full"}),
     Case("pipeline 2, zb-v", {"pipeline": 2, "schedule": "zb-v"}),
     Case("pipeline 2 × data 2 × tensor 2", {"pipeline": 2, "data": 2, "tensor": 2}),
     Case("GPT-2, dropout", {}, GPT2),
     Case("GPT-2, dropout, tensor 2, selective recompute", {"tensor": 2, "recompute": "selective"}, GPT2),
+    Case("GPT-2, dropout, pipeline 2, zb-h1", {"pipeline": 2, "schedule": "zb-h1"}, GPT2),
+    Case("GPT-2, dropout, pipeline 2 × tensor 2, zb-h1", {"pipeline": 2, "tensor": 2, "schedule": "zb-h1"}, GPT2),
     Case("GPT-2, no dropout, tensor 2", {"tensor": 2}, STILL),
 )
 

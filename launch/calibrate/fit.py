@@ -33,14 +33,15 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
     """The constants with which the planner's formulas give what was measured.
 
     Rates are those of one rank while all are busy. The latency of a kernel and the overhead of a microbatch are what
-    training steps of 2 and of 4 layers take above the formulas: per layer, and at all.
+    training steps of 2 and of 4 layers take above the formulas: per layer, and at all. The latency of a collective is
+    what steps over tensor ranks take above that.
     """
     config, precision = model_config(settings.model), settings.train.precision
     peak = max(2 * m * k * n / seconds for m, k, n, seconds in measured["gemm"])
     work, spent = (sum(column) for column in zip(*((2 * m * k * n, s) for m, k, n, s in measured["gemm"]), strict=True))
     tokens = settings.batch.micro_size * settings.corpus.sequence_length
     attention = tokens * attention_forward(shape_of(config), settings.corpus.sequence_length, causal=True)
-    plain = 3 * 4 * tokens * config.intermediate_size / measured["plain"]
+    plain = 3 * 4 * tokens * config.vocab_size / measured["plain"]
     link = fit_link(measured["messages"]) if measured["messages"] else Link(bandwidth=plain / 1e9)
     cluster = Cluster(
         source=f"weft calibrate on {machine.name}, {machine.ranks} ranks busy at once",
@@ -59,7 +60,8 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
         reserved=0.0,
         overlaps=machine.processors is None,
     )
-    return _with_overheads(cluster, {int(layers): seconds for layers, seconds in measured["steps"].items()}, settings)
+    steps = {int(size): {int(layers): t for layers, t in own.items()} for size, own in measured["steps"].items()}
+    return _with_overheads(cluster, steps, settings)
 
 
 def fit_link(messages: Sequence[Message]) -> Link:
@@ -92,29 +94,37 @@ def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, fl
     return [(x, x) for x, _ in rows], list(rows), [(y, y) for _, y in rows]
 
 
-def _with_overheads(cluster: Cluster, steps: Mapping[int, float], settings: Settings) -> Cluster:
-    few, many = min(steps), max(steps)
+def _with_overheads(cluster: Cluster, steps: Mapping[int, Mapping[int, float]], settings: Settings) -> Cluster:
+    few, many = min(steps[1]), max(steps[1])
 
-    def predicted(layers: int, **constants: float) -> float:
-        return predict(settings, cluster.model_copy(update=constants), layers)
+    def with_value(name: str, value: float) -> Cluster:
+        return cluster.model_copy(update={name: value})
 
-    latency = _solve(
-        lambda value: predicted(many, kernel_latency=value) - predicted(few, kernel_latency=value),
-        steps[many] - steps[few],
-    )
-    overhead = _solve(lambda value: predicted(few, kernel_latency=latency, microbatch_overhead=value), steps[few])
-    return cluster.model_copy(update={"kernel_latency": round(latency, 2), "microbatch_overhead": round(overhead, 1)})
+    def of_layers(changed: Cluster) -> float:
+        return predict(settings, changed, many) - predict(settings, changed, few)
+
+    def over_tensor_ranks(changed: Cluster) -> float:
+        return sum(predict(settings, changed, layers, tensor=2) for layers in steps[2])
+
+    def solved(name: str, predicted: Callable[[Cluster], float], wanted: float) -> Cluster:
+        return with_value(name, round(_solve(lambda value: predicted(with_value(name, value)), wanted), 1))
+
+    cluster = solved("kernel_latency", of_layers, steps[1][many] - steps[1][few])
+    cluster = solved("microbatch_overhead", lambda changed: predict(settings, changed, few), steps[1][few])
+    if 2 in steps:
+        cluster = solved("collective_latency", over_tensor_ranks, sum(steps[2].values()))
+    return cluster
 
 
-def predict(settings: Settings, cluster: Cluster, layers: int) -> float:
-    """Seconds of a step of the model with so many layers, a replica on each rank."""
+def predict(settings: Settings, cluster: Cluster, layers: int, tensor: int = 1) -> float:
+    """Seconds of a step of the model with so many layers, a replica on each group of so many tensor ranks."""
     config = model_config(settings.model | {"num_hidden_layers": layers})
     data = settings.parallel.data
     assert data != "auto"
     return step_time(
         shape_of(config),
         Job(settings.batch.global_size, settings.corpus.sequence_length),
-        Layout(data=data, micro_batch=settings.batch.micro_size),
+        Layout(data=data // tensor, tensor=tensor, micro_batch=settings.batch.micro_size),
         recipe_of(settings.train.precision, overlaps=cluster.overlaps),
         cluster,
     ).total

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from weft.launch.engine import Engine
-from weft.launch.settings import Settings, load_settings
+from weft.launch.errors import UserError
+from weft.launch.settings import Settings, check_layout, load_settings
 from weft.launch.train import build_training_mesh
 from weft.model.config import ModelConfig, model_config
 from weft.parallel import build_mesh
@@ -25,7 +26,7 @@ RESULT, SETTINGS = "measured.json", "settings.yaml"
 MESSAGES = (4 * 2**10, 256 * 2**10, 2 * 2**20)  # bytes
 LAYERS = (2, 4)
 ROUNDS, SECONDS = 5, 0.04  # of each measurement: the median of so many rounds of at least so long
-STEPS = 5
+STEPS = 9
 
 
 def main(folder: str, overrides: Sequence[str]) -> None:
@@ -44,6 +45,7 @@ def _measure(settings: Settings, mesh: DeviceMesh) -> dict[str, Any]:
     config, device = model_config(settings.model), torch.device(mesh.device_type)
     tokens = settings.batch.micro_size * settings.corpus.sequence_length
     clock = _Clock(device)
+    steps = _steps(clock, settings, mesh)
     gemm = [[*shape, clock.seconds(_product(shape, device))] for shape in products(config, tokens)]
     return {
         "gemm": gemm,
@@ -51,7 +53,7 @@ def _measure(settings: Settings, mesh: DeviceMesh) -> dict[str, Any]:
         "attention": clock.seconds(_attention(config, settings, device)),
         "plain": clock.seconds(_plain(tokens, config, device)),
         "messages": _messages(clock, device),
-        "steps": {layers: _step(clock, settings, mesh, layers) for layers in LAYERS},
+        "steps": steps,
     }
 
 
@@ -122,8 +124,8 @@ def _attention(config: ModelConfig, settings: Settings, device: torch.device) ->
 
 
 def _plain(tokens: int, config: ModelConfig, device: torch.device) -> Callable[[], object]:
-    """Reads two tensors of an MLP's features and writes one."""
-    x, y = (torch.randn(tokens, config.intermediate_size, device=device) for _ in range(2))
+    """Reads two tensors of the logits' size, which caches do not hold, and writes one."""
+    x, y = (torch.randn(tokens, config.vocab_size, device=device) for _ in range(2))
     return lambda: x * y
 
 
@@ -144,17 +146,40 @@ def _messages(clock: _Clock, device: torch.device) -> list[tuple[str, int, int, 
     return found
 
 
-def _step(clock: _Clock, settings: Settings, mesh: DeviceMesh, layers: int) -> float:
-    """Seconds of a training step of a model with so many layers, a replica on each rank."""
-    settings = settings.model_copy(update={"model": settings.model | {"num_hidden_layers": layers}})
-    engine = Engine(model_config(settings.model), settings, mesh)
-    shape = (settings.batch.global_size // mesh["data"].size(), settings.corpus.sequence_length)
-    tokens = torch.randint(engine.config.vocab_size, shape)
-    seconds = []
+def _steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> dict[int, dict[int, float]]:
+    """Seconds of a training step by tensor ranks and layers, replicas on all ranks; the models take turns."""
+    layouts = [(settings, mesh)] + [(tensor, build_training_mesh(tensor)) for tensor in _over_tensor_ranks(settings)]
+    engines = {(own["tensor"].size(), n): _engine(each, own, n) for each, own in layouts for n in LAYERS}
+    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in engines}
     for step in range(STEPS + 1):
-        dist.barrier()
-        seconds.append(clock.once(lambda step=step: engine.step(step, tokens, tokens)))  # type: ignore[misc]
-    return _mean(statistics.median(seconds[1:]))
+        for kind, engine in engines.items():
+            seconds[kind].append(_step(clock, engine, step))
+    medians = {kind: _mean(statistics.median(found[1:])) for kind, found in seconds.items()}
+    return {size: {n: medians[size, n] for n in LAYERS} for size in dict.fromkeys(size for size, _ in engines)}
+
+
+def _step(clock: _Clock, engine: Engine, step: int) -> float:
+    shape = (engine.settings.batch.global_size // engine.data.size(), engine.settings.corpus.sequence_length)
+    tokens = torch.randint(engine.config.vocab_size, shape)
+    dist.barrier()
+    return clock.once(lambda: engine.step(step, tokens, tokens))
+
+
+def _over_tensor_ranks(settings: Settings) -> list[Settings]:
+    """The same job on pairs of tensor ranks, where ranks and model divide by two."""
+    ranks = dist.get_world_size()
+    parallel = settings.parallel.model_copy(update={"tensor": 2, "data": ranks // 2})
+    halved = settings.model_copy(update={"parallel": parallel})
+    try:
+        check_layout(halved, ranks)
+    except UserError:
+        return []
+    return [halved]
+
+
+def _engine(settings: Settings, mesh: DeviceMesh, layers: int) -> Engine:
+    settings = settings.model_copy(update={"model": settings.model | {"num_hidden_layers": layers}})
+    return Engine(model_config(settings.model), settings, mesh)
 
 
 def _mean(value: float) -> float:

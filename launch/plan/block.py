@@ -107,7 +107,7 @@ def block_time(model: Model, *, experts: bool = False) -> PieceTime:
         weight_gradient=products.weight_gradient,
         recompute=recompute,
         tensor_forward=collective + exchange,
-        tensor_backward=collective + exchange - hidden,
+        tensor_backward=collective + exchange - hidden + _gathered_again(model),
         tensor_recompute=again,
         context_forward=ring[0],
         context_backward=ring[1] + (ring[0] if model.layout.recompute != "none" else 0.0),
@@ -118,7 +118,7 @@ def head_time(model: Model) -> PieceTime:
     """The output head and the loss: every rank has its part of the vocabulary."""
     vocab = model.shape.vocab / model.layout.tensor
     product = model.gemm(model.shape.hidden, vocab)
-    loss = model.plain(model.tokens * vocab * model.recipe.logit / model.recipe.activation, 4)
+    loss = model.plain(model.tokens * vocab * model.recipe.loss / model.recipe.activation, 4)
     collective = _tensor_collective(model) / 2
     return PieceTime(
         forward=product.forward + loss,
@@ -214,7 +214,20 @@ def _attention_core(model: Model) -> tuple[float, float]:
 def _tensor_collective(model: Model) -> float:
     """The two all-reduces of a block's forward or backward, or as many pairs of all-gather and reduce-scatter."""
     size = model.tokens * model.shape.hidden * model.recipe.activation
-    return 2 * all_reduce_seconds(model.cluster, groups.tensor_group(model.layout, model.cluster), size)
+    second_calls = 2 * model.cluster.collective_seconds if model.layout.splits_sequence else 0.0
+    return 2 * all_reduce_seconds(model.cluster, groups.tensor_group(model.layout, model.cluster), size) + second_calls
+
+
+def _gathered_again(model: Model) -> float:
+    """The inputs of both column-parallel layers, for their weights' gradients, under sequence parallelism.
+
+    Devices that compute while they communicate gather them under the input's gradient (Korthikanti et al. 2022,
+    §4.2.2).
+    """
+    if not model.layout.splits_sequence or model.cluster.overlaps:
+        return 0.0
+    size = model.tokens * model.shape.hidden * model.recipe.activation
+    return 2 * all_gather_seconds(model.cluster, groups.tensor_group(model.layout, model.cluster), size)
 
 
 def _context_exchange(model: Model, attention: float) -> tuple[float, float]:

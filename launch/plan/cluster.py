@@ -77,6 +77,10 @@ class Cluster(Section):
     microbatch_overhead: NotBelow0 = Field(
         default=300.0, description="microseconds per stage, microbatch and direction beside the kernels"
     )
+    collective_latency: NotBelow0 = Field(
+        default=0.0,
+        description="microseconds of each collective beside its messages; on shared cores its ranks lose their caches",
+    )
     overlaps: bool = Field(
         default=True, description="whether devices compute while they communicate; CPU cores do both"
     )
@@ -89,6 +93,11 @@ class Cluster(Section):
         """FLOP/s of one device; a format that has no rate of its own computes as bf16, or as the slowest given."""
         rates = self.peak_tflops
         return 1e12 * (rates.get(precision) or rates.get("bf16") or rates.get("fp16") or min(rates.values()))
+
+    @property
+    def collective_seconds(self) -> float:
+        """What each collective takes beside its messages."""
+        return self.collective_latency * 1e-6
 
     @property
     def memory_rate(self) -> float:

@@ -35,14 +35,16 @@ def all_gather_seconds(cluster: Cluster, group: Group, size: float) -> float:
     """All-gather, or reduce-scatter, of `size` bytes round a ring: each link passes all parts but one."""
     if group.size == 1 or size <= 0:
         return 0.0
-    return _levels(cluster, group, size, hops=lambda members: members - 1)
+    return cluster.collective_seconds + _levels(cluster, group, size, hops=lambda members: members - 1)
 
 
 def all_reduce_seconds(cluster: Cluster, group: Group, size: float) -> float:
     """All-reduce: a reduce-scatter and an all-gather, or up and down a tree when that has fewer hops."""
     if group.size == 1 or size <= 0:
         return 0.0
-    return 2.0 * _levels(cluster, group, size, hops=lambda members: min(members - 1, ceil(log2(members))))
+    return cluster.collective_seconds + 2.0 * _levels(
+        cluster, group, size, hops=lambda members: min(members - 1, ceil(log2(members)))
+    )
 
 
 def all_to_all_seconds(cluster: Cluster, group: Group, size: float) -> float:
@@ -52,7 +54,8 @@ def all_to_all_seconds(cluster: Cluster, group: Group, size: float) -> float:
     outside = 1 - group.members / group.size
     inside = (group.members - 1) / group.size
     steps = cluster.network.seconds if group.nodes > 1 else cluster.node.seconds
-    return max(size * inside / cluster.node.rate, size * outside / cluster.network.rate) + steps
+    sent = max(size * inside / cluster.node.rate, size * outside / cluster.network.rate)
+    return cluster.collective_seconds + sent + steps
 
 
 def send_seconds(cluster: Cluster, distance: int, size: float) -> float:

@@ -27,14 +27,17 @@ class StageBytes:
     Attributes:
         kept: from its forward to its backward.
         logits: of `kept`, what belongs to the loss.
-        forward, backward, input_backward: for a moment, on top of all that is kept.
+        waiting: from the input's gradient to the weights', where schedules split a backward.
+        forward, backward, input_backward, weight_backward: for a moment, on top of all that is kept or waits.
     """
 
     kept: float
     logits: float
+    waiting: float
     forward: float
     backward: float
     input_backward: float
+    weight_backward: float
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,24 @@ class Step:
         return self.block - (self.scores if self.layout.recompute == "selective" else 0.0)
 
     @property
+    def waiting_of_block(self) -> float:
+        """What its weights' gradients need: of each matrix product the input and the result's gradient, gathered."""
+        shape, tensor = self.shape, self.layout.tensor
+        query, keys = shape.query_features / tensor, shape.key_value_features / min(tensor, shape.kv_heads)
+        projections = self.tokens * (2 * query + 2 * keys) * self.recipe.activation
+        return 4 * self.whole_hidden + projections + (2 + shape.gated) * self.intermediate
+
+    def moment_of_inputs(self, layers: int) -> float:
+        """At the worst of the input's gradient of so many blocks, in each of which what waits replaces what is kept."""
+        growth = self.waiting_of_block - self.kept_of_block
+        return max(0.0, (layers - 1) * growth) + max(self.moment_of_block + self.intermediate, growth + self.hidden)
+
+    @property
+    def weight(self) -> float:
+        """The gradient of one matrix of an MLP."""
+        return self.shape.hidden * self.shape.intermediate / self.layout.tensor * self.recipe.gradient
+
+    @property
     def moment_of_block(self) -> float:
         """At the worst of a block's backward, with what is computed again for it."""
         if self.layout.recompute != "full":
@@ -132,10 +153,8 @@ class Step:
     @property
     def _moment_of_mlp(self) -> float:
         """Gradients of its features, its output's gathered, and one of its weights'."""
-        shape = self.shape
-        weight = shape.hidden * shape.intermediate / self.layout.tensor * self.recipe.gradient
         gathered = self.whole_hidden if self.layout.splits_sequence else 0.0
-        return max((1 + shape.gated) * self.intermediate, self.intermediate + weight + gathered)
+        return max((1 + self.shape.gated) * self.intermediate, self.intermediate + self.weight + gathered)
 
     @property
     def _moment_of_attention(self) -> float:
@@ -193,18 +212,23 @@ def stage_bytes(step: Step, stage: int) -> StageBytes:
     if stage == 0:
         kept += step.hidden * shape.dropout + (step.tokens * (INTEGER + FLAG) if layout.tensor > 1 else 0.0)
     backward = step.moment_of_block if layers else 0.0
-    input_backward = backward + step.intermediate if layers else 0.0  # what the weights' gradients need stays
+    input_backward = step.moment_of_inputs(layers) if layers else 0.0
+    weight_backward = step.weight if layers else 0.0
     forward = 3 * step.intermediate + step.whole_hidden if layout.recompute == "full" and layers else step.hidden
-    logits = 0.0
+    logits, waiting = 0.0, layers * step.waiting_of_block
     if stage == layout.stages - 1:
         kept += step.norm
         logits = step.probabilities + step.tokens * (INTEGER + 2 * FLAG)
         gathered = step.whole_hidden if layout.splits_sequence else 0.0
         table = step.vocabulary * shape.hidden * step.recipe.gradient
-        head = max(step.probabilities, table + gathered)
-        forward = max(forward, step.tokens * step.vocabulary * step.recipe.activation + gathered)
-        backward, input_backward = (max(head, size - logits - step.norm) for size in (backward, input_backward))
-    return StageBytes(kept + logits, logits, forward, backward, input_backward)
+        of_head = step.tokens * step.vocabulary * step.recipe.activation
+        forward = max(forward, of_head + gathered)
+        backward = max(step.probabilities, table + gathered, backward - logits - step.norm)
+        waiting_of_head = of_head + step.whole_hidden
+        waiting += waiting_of_head
+        input_backward = max(step.probabilities + gathered, input_backward + waiting_of_head - logits - step.norm)
+        weight_backward = max(weight_backward, table)
+    return StageBytes(kept + logits, logits, waiting, forward, backward, input_backward, weight_backward)
 
 
 def messages_of(schedule: Schedule, rank: int) -> list[int]:
@@ -230,7 +254,7 @@ def _peak(
 ) -> tuple[float, float, float]:
     """At the worst moment of a program: what is kept, of that what belongs to losses, and what is there for the moment.
 
-    A forward keeps its stage's bytes; its B or I gives back those of the loss, its B or W the others.
+    A forward keeps its stage's bytes until its B; an I leaves of them what waits for its W.
     """
     held = logits = 0.0
     worst = (0.0, 0.0, 0.0)
@@ -238,11 +262,11 @@ def _peak(
         stage = stages[index]
         if kind == "F":
             held, logits = held + stage.kept, logits + stage.logits
-        moment += {"F": stage.forward, "B": stage.backward, "I": stage.input_backward}.get(kind, 0.0)
+        moments = {"F": stage.forward, "B": stage.backward, "I": stage.input_backward, "W": stage.weight_backward}
+        moment += moments[kind]
         if held + moment > worst[0] + worst[2]:
             worst = (held, logits, moment)
         if kind in "BI":
-            held, logits = held - stage.logits, logits - stage.logits
-        if kind in "BW":
-            held -= stage.kept - stage.logits
+            held, logits = held - stage.kept, logits - stage.logits
+        held += {"I": stage.waiting, "W": -stage.waiting}.get(kind, 0.0)
     return worst

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from weft.launch.plan.cores import shared_length
 from weft.launch.plan.flight import V_SHAPED, schedule_of
 from weft.launch.plan.layout import Layout
 from weft.launch.plan.stages import StageTimes
 from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.table import Action
 from weft.parallel.pipeline.timeline import Timeline
 
 Send = float | Callable[[int, int], float]  # for all pairs of ranks, or of source and destination
@@ -92,6 +94,29 @@ def length(layout: Layout, times: StageTimes, microbatches: int, send: Send, *, 
         drawn = timeline(layout, times, count, send)
         return drawn.makespan if joined else max(drawn.spans)
 
+    return _continued(layout, microbatches, simulated_length)
+
+
+def length_on_cores(layout: Layout, times: StageTimes, microbatches: int, cores_per_rank: float) -> float:
+    """The same of ranks that share cores, which also do what their messages take: half of it either side."""
+    costs = ScheduleCosts(times.forward, times.input_gradient, times.weight_gradient).of_stages(layout.stages)
+
+    def simulated_length(count: int) -> float:
+        schedule = schedule_of(layout, count)
+
+        def seconds(action: Action) -> float:
+            kind, stage, _ = action
+            others = [other for other in (stage - 1, stage + 1) if 0 <= other < layout.stages and kind != "W"]
+            messages = sum(schedule.placement[other] != schedule.placement[stage] for other in others)
+            return costs[kind][stage] + messages * times.send / 2
+
+        return shared_length(schedule, seconds, cores_per_rank)
+
+    return _continued(layout, microbatches, simulated_length)
+
+
+def _continued(layout: Layout, microbatches: int, simulated_length: Callable[[int], float]) -> float:
+    """The length with so many microbatches, of a pipeline that repeats itself once it is full."""
     most = SIMULATED_ROUNDS * layout.pipeline
     if microbatches <= most or layout.schedule in ("gpipe", "looped-bfs"):
         return simulated_length(microbatches)

@@ -22,6 +22,7 @@ class Recipe:
         gated_copies: intermediate-sized tensors kept of a gated MLP: gate, up and product when one kernel does all
             between the two matrix products, the activated gate besides when not.
         logit: bytes per logit at the worst moment of the loss.
+        loss: bytes per logit that the loss reads and writes in its forward; its backward takes half of them.
         hidden_tensor: share of a backward's weight gradients under which its tensor collectives hide.
         overlaps_data: whether the data axis reduces gradients while the last backward still runs.
         scatters: whether ZeRO 1 leaves each data rank only its part of the summed gradients; DeepSpeed sums them whole
@@ -40,6 +41,7 @@ class Recipe:
     attention: Literal["fused", "plain"] = "fused"
     gated_copies: int = 3
     logit: int = 6
+    loss: int = 6
     hidden_tensor: float = 0.0
     overlaps_data: bool = True
     scatters: bool = True
@@ -60,6 +62,7 @@ WEFT = Recipe(
     activation=4,
     gated_copies=4,
     logit=12,
+    loss=32,  # eight passes in float32, see parallel/tensor/loss.py
     hidden_tensor=0.5,
     scatters=False,
 )
@@ -68,5 +71,6 @@ MEGATRON = Recipe()
 
 def recipe_of(precision: str, *, overlaps: bool = True) -> Recipe:
     """How this engine stores numbers when it trains in `precision`; `overlaps`: while it communicates."""
-    recipe = WEFT if precision == "fp32" else replace(MEGATRON, precision=precision, hidden_tensor=0.5, scatters=False)
+    half = replace(MEGATRON, precision=precision, loss=WEFT.loss + 6, hidden_tensor=0.5, scatters=False)
+    recipe = WEFT if precision == "fp32" else half
     return recipe if overlaps else replace(recipe, overlaps_data=False, hidden_tensor=0.0)

@@ -27,23 +27,16 @@ def step_of(model: Model, times: StageTimes, *, simulate: bool) -> StepTime:
     """As `step_time`, of stages whose times are known."""
     layout, job = model.layout, model.job
     count = layout.microbatches(job)
+    update = update_time(model, times)
+    time = replace(_fullest(model, times, count), data=update.data, optimizer=update.optimizer)
+    ranks, cores = min(layout.ranks, model.cluster.devices_per_node), model.cluster.processors
+    if cores is not None and cores < ranks:
+        return on_shared_cores(time, pipeline.length_on_cores(layout, times, count, cores / ranks))
     if simulate:
         run = pipeline.simulated(layout, times, count, joined=model.recipe.joined)
     else:
         run = pipeline.closed_form(layout, times, count)
-    update = update_time(model, times)
-    work = _fullest(model, times, count)
-    time = replace(work, pipeline=run.sends, bubble=run.bubble, data=update.data, optimizer=update.optimizer)
-    ranks, cores = min(layout.ranks, model.cluster.devices_per_node), model.cluster.processors
-    if cores is None or cores >= ranks:
-        return time
-    return on_shared_cores(time, average_work=_average(model, times, count), cores_per_rank=cores / ranks)
-
-
-def _average(model: Model, times: StageTimes, count: int) -> float:
-    """Seconds that a rank works, on average over the pipeline."""
-    ranks = range(model.layout.pipeline)
-    return sum(_work(times, stages_of_rank(model.layout, rank), count).total for rank in ranks) / len(ranks)
+    return replace(time, pipeline=run.sends, bubble=run.bubble)
 
 
 def _fullest(model: Model, times: StageTimes, count: int) -> StepTime:

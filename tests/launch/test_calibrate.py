@@ -51,22 +51,25 @@ def test_link_cannot_be_found_where_size_does_not_matter() -> None:
         fit_link([("all_gather", 2, 4096, 1e-2), ("all_gather", 2, 2**21, 1e-3)])
 
 
-def test_what_training_steps_took_is_predicted_again() -> None:
+@pytest.mark.parametrize("processors", [None, 1])
+def test_what_training_steps_took_is_predicted_again(processors: int | None) -> None:
     settings: Settings = build_settings(TINY)
     shapes = products(model_config(settings.model), tokens=32)
     measured = {
         "gemm": [(m, k, n, 2 * m * k * n / 5e9) for m, k, n in shapes],
         "attention": 2e-6,
-        "plain": 3 * 4 * 32 * 32 / 4e9,
+        "plain": 3 * 4 * 32 * 64 / 4e9,
         "messages": [("all_reduce", 2, size, 1e-4 + size / 1e9) for size in (4096, 2**18, 2**21)],
-        "steps": {"2": 0.020, "4": 0.032},
+        "steps": {"1": {"2": 0.020, "4": 0.032}, "2": {"2": 0.040, "4": 0.075}},
     }
-    cluster = fit_cluster(Machine("here", 2, None, 4.0), measured, settings)
+    cluster = fit_cluster(Machine("here", 2, processors, 4.0), measured, settings)
     assert cluster.peak_tflops["fp32"] == pytest.approx(0.005)
     assert cluster.gemm_efficiency == pytest.approx(1.0)
     assert cluster.memory_bandwidth == pytest.approx(4.0)
-    for layers, seconds in measured["steps"].items():
+    for layers, seconds in measured["steps"]["1"].items():
         assert predict(settings, cluster, int(layers)) == pytest.approx(seconds, rel=0.02)
+    over_tensor_ranks = sum(predict(settings, cluster, layers, tensor=2) for layers in (2, 4))
+    assert over_tensor_ranks == pytest.approx(0.040 + 0.075, rel=0.02)
 
 
 def test_command_measures_this_machine_and_the_planner_reads_its_file(

@@ -9,10 +9,12 @@ from tests.launch.plan.shapes import gpt
 from weft.launch.dry_run import dry_run
 from weft.launch.plan.ask import layout_as_set
 from weft.launch.plan.candidates import Space
+from weft.launch.plan.cluster import Link, load_cluster
 from weft.launch.plan.exchanges import planned_exchanges
 from weft.launch.plan.layout import Job, Layout, equal_shares
 from weft.launch.plan.recipe import recipe_of
 from weft.launch.plan.shape import shape_of
+from weft.launch.plan.step import step_time
 from weft.launch.settings import Settings, build_settings, resolved
 from weft.model.config import model_config
 from weft.model.split import split_layers
@@ -24,6 +26,7 @@ TIED = LLAMA | {"tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"model_type": "gpt2"}
 GEMMA: dict[str, Any] = {"model_type": "gemma3_text", "num_key_value_heads": 4, "head_dim": 8}
 NO_SEQUENCE = {"sequence_parallel": False}
+TENSOR_ALONE = {"tensor", "recompute", "sequence_parallel"}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tensor of eight": (LLAMA, {"tensor": 8}),
     "tensor of eight without sequence parallelism": (FEW_KEYS, {"tensor": 8} | NO_SEQUENCE),
@@ -74,6 +77,25 @@ def test_planned_messages_are_those_that_the_engine_counts(name: str) -> None:
         assert {(p.axis, p.operation): (p.calls, p.bytes) for p in planned} == {
             (c.axis, c.operation): (c.calls, c.bytes) for c in counted
         }
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if set(LAYOUTS[name][1]) <= TENSOR_ALONE])
+def test_time_is_planned_for_each_collective_of_a_microbatch(name: str) -> None:
+    """On devices that do not compute meanwhile, where a collective takes a second and all else next to nothing."""
+    settings = settings_of(name)
+    job, recipe = Job(8, 16), recipe_of("fp32", overlaps=False)
+    ranks = settings.parallel.tensor
+    shape = shape_of(model_config(settings.model))
+    space = Space(shape, job, recipe, ranks, ranks, lambda stages: equal_shares(shape.layers, stages))
+    layout = layout_as_set(settings, space)
+    assert layout is not None
+    free = Link(bandwidth=1e12, efficiency=1.0, latency=0.0)
+    cluster = load_cluster("cpu").model_copy(
+        update={"node": free, "network": free, "collective_latency": 1e6, "devices_per_node": ranks}
+    )
+    calls = sum(planned.calls for planned in planned_exchanges(shape, job, layout, recipe))
+    of_microbatches = calls - calls % 8  # what is left is told once a step, fewer than the microbatches
+    assert step_time(shape, job, layout, recipe, cluster).tensor == pytest.approx(of_microbatches, abs=0.01)
 
 
 def test_gemma_has_all_its_norms() -> None:
