@@ -15,6 +15,7 @@ from weft.launch.sections import CheckpointSettings
 from weft.parallel.checkpoint import (
     MANIFEST,
     CheckpointError,
+    KeptMemory,
     OtherModelError,
     Save,
     SaveError,
@@ -48,6 +49,7 @@ class Checkpoints:
         self.settings, self.state, self.say = settings, state, say
         self.directory = Path(settings.directory)
         self._in_flight: Save | None = None
+        self._memory = KeptMemory()
         self._damaged: set[Path] = set()
 
     @property
@@ -71,7 +73,8 @@ class Checkpoints:
         wait = last or not self.settings.asynchronous
         path = self.directory / f"step-{step:08d}"
         known = {"step": step, "counters": self.state.counters()}
-        self._in_flight = Save(path, self.state.entries(), metadata | known, self.state.mesh, copy=not wait)
+        memory = None if wait else self._memory
+        self._in_flight = Save(path, self.state.entries(), metadata | known, self.state.mesh, memory=memory)
         if wait:
             self.finish(last=last)
         return path
