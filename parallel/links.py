@@ -163,7 +163,10 @@ class Arrival:
             self._segment, count = self._link.wait_for(self._key, timeout)
             wanted = self._shape.numel() * self._dtype.itemsize
             if count != wanted:
-                raise LinkError(f"rank {self._link.peer} sent {count} bytes where {wanted} were expected")
+                raise LinkError(
+                    f"rank {self._link.peer} sent {count} bytes where {wanted} were expected; do all ranks call the same "
+                    "collectives in the same order?"
+                )
         return True
 
     @property
