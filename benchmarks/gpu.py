@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                        # both models on the GPU, medians of 10 steps
     python benchmarks/gpu.py --models 1.3b --recompute full
+    python benchmarks/gpu.py --compile              # weft with and without train.compile, beside transformers
     python benchmarks/gpu.py --tiny --steps 2       # a small model on the CPU: that everything runs, no figures to keep
 
 1.3b         24 layers of hidden 2,048, vocabulary 32,000
@@ -17,6 +18,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,9 @@ MICROBATCHES, RATE, CLIP, WARMUP = 4, 1e-4, 1.0, 3
 Step = Callable[[], float]
 
 
-def weft_steps(model: dict[str, Any], tokens: torch.Tensor, recompute: str, device: torch.device) -> Step:
+def weft_steps(
+    model: dict[str, Any], tokens: torch.Tensor, recompute: str, device: torch.device, *, compiled: bool = False
+) -> Step:
     """weft's engine on one rank."""
     length = tokens.shape[1] - 1
     settings = build_settings(
@@ -55,6 +59,7 @@ def weft_steps(model: dict[str, Any], tokens: torch.Tensor, recompute: str, devi
             "batch": {"global_size": MICROBATCHES, "micro_size": 1},
             "train": {
                 "precision": "bf16",
+                "compile": compiled,
                 "optimizer": {"learning_rate": RATE, "clip_grad_norm": CLIP},
                 "schedule": {"warmup_steps": 0, "decay": "constant", "minimum_learning_rate": 0.0},
             },
@@ -94,7 +99,11 @@ def transformers_steps(model: dict[str, Any], tokens: torch.Tensor, recompute: s
     return step
 
 
-CONTENDERS = {"weft": weft_steps, "transformers": transformers_steps}
+CONTENDERS = {
+    "weft": weft_steps,
+    "weft compiled": partial(weft_steps, compiled=True),
+    "transformers": transformers_steps,
+}
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -130,6 +139,8 @@ def compare(name: str, model: dict[str, Any], arguments: argparse.Namespace, dev
     tokens = torch.randint(config.vocab_size, (MICROBATCHES, length + 1), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(device)
     for who, build in CONTENDERS.items():
+        if who == "weft compiled" and not arguments.compile:
+            continue
         measured = measure(build(model, tokens, arguments.recompute, device), arguments.steps, device)
         print(f"  {who:<14}{line(measured, MICROBATCHES * length, each / rate)}", flush=True)
         gc.collect()
@@ -169,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--recompute", choices=["none", "full"], default="none")
+    parser.add_argument("--compile", action="store_true", help="time weft with train.compile too")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="a small model, on the CPU")
     arguments = parser.parse_args()

@@ -12,7 +12,8 @@ that of the rank where it is largest:
     memory      most bytes of tensors that were alive at once in the first two steps, parameters aside
     receives    most received values that waited for their use, and had room made for them, at once
     runs        how often a block runs forward per microbatch
-    simulated   the step over its simulation, from the measured costs of its actions and of a message
+    simulated   the step over its simulation, from the measured costs of its actions and of a message; the median
+                over the steps
 """
 
 import argparse
@@ -44,8 +45,9 @@ from weft.parallel import (
 )
 from weft.parallel.memory import track_memory
 from weft.parallel.pipeline import run
+from weft.parallel.pipeline.channels import open_channels
 from weft.parallel.pipeline.table import Schedule, Value
-from weft.parallel.pipeline.transport import DATA, Inbox, Pending
+from weft.parallel.pipeline.transport import DATA, Inbox, Pending, Transport
 
 PAIRS = {
     "gpipe": "ScheduleGPipe",
@@ -87,7 +89,7 @@ class Contender:
     memory: int = 0
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    timeline: Timeline | None = None
+    timelines: list[Timeline | None] = field(default_factory=list)
 
     def measure(self) -> None:
         for block in self.blocks:
@@ -95,7 +97,7 @@ class Contender:
             block.zero_grad()
         dist.barrier()
         start, cpu_start = time.perf_counter(), time.thread_time()
-        self.timeline = self.step()
+        self.timelines.append(self.step())
         self.seconds.append(time.perf_counter() - start)
         self.cpu_seconds.append(time.thread_time() - cpu_start)
 
@@ -184,16 +186,19 @@ def over_ranks(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def hop_seconds(shape: tuple[int, ...]) -> float:
+def hop_seconds(schedule: Schedule, shape: tuple[int, ...]) -> float:
     """How long a stage's output takes to the next rank and to be seen there: half of a median turn."""
-    value, rank, turns = torch.zeros(shape), dist.get_rank(), []
+    cpu, value, turns = torch.device("cpu"), torch.zeros(shape), []
+    transport = Transport(open_channels(build_mesh(pipeline=schedule.ranks)["pipeline"], cpu, 120), schedule, cpu, 120)
+    rank = transport.rank
     for _ in range(30):
         start = time.perf_counter()
         for sender in (0, 1):
             if rank == sender:
-                dist.send(value, 1 - rank)
+                work = transport.send(value, 1 - rank, DATA, str)
+                transport.wait(work, 1 - rank, str)
             elif rank < 2:
-                dist.recv(value, 1 - rank)
+                transport.wait(transport.receive(value, 1 - rank, DATA, str), 1 - rank, str)
         turns.append(time.perf_counter() - start)
     return over_ranks([statistics.median(turns) / 2])[0]
 
@@ -248,15 +253,14 @@ def rows_of(name: str, case: Case, steps: int) -> list[str]:
         for contender in (ours, theirs) if turn % 2 else (theirs, ours):
             contender.measure()
     for contender in (ours, theirs):
-        del contender.seconds[: WARM_UP + 2], contender.cpu_seconds[: WARM_UP + 2]
+        for kept in (contender.seconds, contender.cpu_seconds, contender.timelines):
+            del kept[: WARM_UP + 2]
     turns = torch.tensor([ours.seconds, theirs.seconds], dtype=torch.float64)
     dist.all_reduce(turns, op=dist.ReduceOp.MAX)
     ratio = statistics.median((turns[0] / turns[1]).tolist())
-    timeline = ours.timeline
-    assert timeline is not None
-    step = ours.seconds[-1]
-    hop = hop_seconds((case.rows, *inner_shape(case.block)))
-    predicted = over_ranks([step])[0] / simulated(case.schedule, timeline, hop)
+    hop = hop_seconds(case.schedule, (case.rows, *inner_shape(case.block)))
+    simulations = [simulated(case.schedule, timeline, hop) for timeline in ours.timelines if timeline is not None]
+    predicted = statistics.median(step / own for step, own in zip(turns[0].tolist(), simulations, strict=True))
     figures: dict[str, list[Any]] = {
         who: contender.figures(case.schedule.microbatches) for who, contender in (("weft", ours), ("torch", theirs))
     }

@@ -15,6 +15,7 @@ from weft.launch.sections import CheckpointSettings
 from weft.parallel.checkpoint import (
     MANIFEST,
     CheckpointError,
+    KeptMemory,
     OtherModelError,
     Save,
     SaveError,
@@ -23,7 +24,7 @@ from weft.parallel.checkpoint import (
 from weft.parallel.checkpoint.files import remove
 from weft.parallel.checkpoint.load import together
 
-_LEFTOVER = re.compile(r"\.step-[0-9]{8,18}(\.old)?\.(part|trash)")
+_LEFTOVER = re.compile(r"\.step-([0-9]{8,18})(\.old)?\.(part|trash)")
 
 
 def say_on_rank_0(text: str) -> None:
@@ -48,6 +49,7 @@ class Checkpoints:
         self.settings, self.state, self.say = settings, state, say
         self.directory = Path(settings.directory)
         self._in_flight: Save | None = None
+        self._memory = KeptMemory()
         self._damaged: set[Path] = set()
 
     @property
@@ -71,7 +73,8 @@ class Checkpoints:
         wait = last or not self.settings.asynchronous
         path = self.directory / f"step-{step:08d}"
         known = {"step": step, "counters": self.state.counters()}
-        self._in_flight = Save(path, self.state.entries(), metadata | known, self.state.mesh, copy=not wait)
+        memory = None if wait else self._memory
+        self._in_flight = Save(path, self.state.entries(), metadata | known, self.state.mesh, memory=memory)
         if wait:
             self.finish(last=last)
         return path
@@ -95,7 +98,7 @@ class Checkpoints:
             self.say(f"{problem}; training goes on without it; free space or set checkpoint.directory")
             return
         if dist.get_rank() == 0:
-            self._drop_old()
+            self._drop_old(step_of(save.directory))
 
     def resume(self) -> tuple[Path, SavedRun] | None:
         """Load what the settings ask to go on from: with `auto` the newest checkpoint that is whole; None starts anew.
@@ -142,13 +145,17 @@ class Checkpoints:
         except (KeyError, TypeError, ValueError, OverflowError):
             raise CheckpointError(f"{path}: its counters are of another optimiser; choose another") from None
 
-    def _drop_old(self) -> None:
-        """Remove what is not kept: neither among the newest whole ones, nor every so many steps."""
+    def _drop_old(self, step: int) -> None:
+        """Remove what is not kept: neither among the newest whole ones, nor every so many steps.
+
+        With it goes what is left of saves up to `step`; other ranks may have begun to write a later one.
+        """
         found = find_checkpoints(self.directory)
         whole = [path for path in found if path not in self._damaged and is_readable(path)]
         every = self.settings.keep_every
         kept = {path for path in whole if every and step_of(path) % every == 0} | set(whole[-self.settings.keep :])
-        leftovers = [path for path in self.directory.iterdir() if _LEFTOVER.fullmatch(path.name)]
+        found_parts = ((path, _LEFTOVER.fullmatch(path.name)) for path in self.directory.iterdir())
+        leftovers = [path for path, match in found_parts if match is not None and int(match[1]) <= step]
         for path in [*(path for path in whole if path not in kept), *leftovers]:
             try:
                 remove(path)

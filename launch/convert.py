@@ -30,7 +30,7 @@ from weft.parallel.checkpoint.boxes import Box, Shape, whole
 from weft.parallel.checkpoint.files import publish, remove, work_directory, write_synced
 from weft.parallel.checkpoint.load import read_block
 from weft.parallel.checkpoint.manifest import manifest_text
-from weft.parallel.checkpoint.shard_file import PieceReader, write_shard
+from weft.parallel.checkpoint.shard_file import PieceReader, lay_out, write_shard
 from weft.parallel.sharding import sharded_parameters
 from weft.parallel.tensor.load import TensorFiles
 
@@ -82,7 +82,7 @@ def to_checkpoint(directory: Path, settings: Mapping[str, Any], destination: Pat
             files = TensorFiles(directory, stack)
             pieces = list(_pieces(files, config))
             left_out = set(files.names()) - {files.full_name(piece.place.name) for piece in pieces}
-            written = write_shard(work / "rank-00000.safetensors", pieces)
+            written = write_shard(work / "rank-00000.safetensors", lay_out(pieces))
         metadata = {"step": 0, "counters": {"optimizer_steps": 0}, "settings": settings}
         write_synced(work / MANIFEST, manifest_text(metadata, written["files"], written["tensors"]))
         read_manifest(work)

@@ -37,6 +37,7 @@ from weft.parallel import (
     vocab_parallel_cross_entropy,
 )
 from weft.parallel.exchange import start_all_reduce
+from weft.parallel.fused import fuse_chains
 from weft.parallel.pipeline.executor import StepResult
 from weft.parallel.pipeline.payload import Nest
 from weft.parallel.pipeline.timeline import Timeline
@@ -111,7 +112,7 @@ class Engine:
         self.updates = Updates(
             self.stages, settings, mesh, layers=config.num_hidden_layers, all_stages=self.schedule.stages
         )
-        self._loss_weight = 1.0
+        self._loss_weight: Tensor | float = 1.0
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -144,10 +145,11 @@ class Engine:
         samples = self._samples(samples_before(step, self.settings.batch), len(targets))
         if isinstance(inputs, Tensor):
             key = DropoutKey(self.settings.train.seed, samples)
-            inputs, targets = prepare(self.config, inputs.to(self.device), targets.to(self.device), key)
+            inputs, targets = (rows.to(self.device, non_blocking=True) for rows in (inputs, targets))
+            inputs, targets = prepare(self.config, inputs, targets, key)
         self.updates.replicas.begin()
         scale = self.updates.loss_scale.scale
-        self._loss_weight = scale / self._count_targets(targets)
+        self._loss_weight = scale / self._count_targets(targets).double()
         count = len(targets) // self.settings.batch.micro_size
         result = self._executors[count].step(
             self._cut(inputs, count), self._cut(targets, count), keywords=self._keywords(samples.chunk(count))
@@ -177,7 +179,7 @@ class Engine:
         inputs, targets = self._fixed(inputs, targets)
         with self.updates.evaluated():
             result = self.executor.evaluate(self._cut(inputs, self.microbatches), self._cut(targets, self.microbatches))
-        return self._over_data(result.loss), self._count_targets(targets)
+        return self._over_data(result.loss), int(self._count_targets(targets))
 
     def outputs(self, inputs: Nest, targets: Tensor) -> list[Any] | None:
         """The logits of each microbatch, on the last stage; None on the others. Shapes: as for `step`."""
@@ -242,6 +244,8 @@ class Engine:
             module.tie()
             self._fill(module)
             defer_partial_gradients(module)
+            if self.settings.train.compile and self.device.type != "meta":
+                fuse_chains(module)
             stages.append(PipelineStage(module, index, shared=module.tied_parameters))
         return stages
 
@@ -291,7 +295,8 @@ class Engine:
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         total = vocab_parallel_cross_entropy(logits, targets, mesh=self.tensor, ignore_index=IGNORED, reduction="sum")
-        return total * self._loss_weight
+        weight = self._loss_weight
+        return total * (weight.to(total.dtype) if isinstance(weight, Tensor) else weight)
 
     def _set_mode(self, *, training: bool) -> None:
         for module in self.modules:
@@ -317,11 +322,12 @@ class Engine:
             return None
         return [{"dropout_key": DropoutKey(self.settings.train.seed, part)} for part in samples]
 
-    def _count_targets(self, targets: Tensor) -> int:
-        count = (targets != IGNORED).sum().reshape(1)
+    def _count_targets(self, targets: Tensor) -> Tensor:
+        """Of all data ranks, at least 1; a scalar on the device, so that the CPU need not wait for it."""
+        count = (targets.to(self.device) != IGNORED).sum().reshape(1)
         if self.data.size() > 1:
-            count = start_all_reduce(count.to(self.device), self.data, overwrite=True).wait()
-        return max(1, int(count))
+            count = start_all_reduce(count, self.data, overwrite=True).wait()
+        return count.clamp(min=1).squeeze()
 
     def _over_data(self, loss: Tensor) -> float:
         if self.data.size() > 1:

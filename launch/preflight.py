@@ -2,9 +2,11 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from weft.launch.errors import UserError
@@ -46,6 +48,7 @@ def check_run(settings: Settings, world_size: int) -> None:
     _check_pretrained(settings)
     check_devices(settings, world_size)
     _check_precision(settings)
+    _check_compiler(settings)
 
 
 def check_directory(key: str, directory: str) -> None:
@@ -184,6 +187,28 @@ def _check_precision(settings: Settings) -> None:
     elif precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             f"train.precision is bf16, which {torch.cuda.get_device_name()} does not compute in; choose fp16 or fp32."
+        )
+
+
+def _check_compiler(settings: Settings) -> None:
+    """Check for what `torch.compile` needs: a C++ compiler on CPUs; Triton on GPUs, which calls one of C."""
+    if not settings.train.compile:
+        return
+    if device_type(settings) == "cpu":
+        needed, variable = "C++", "CXX"
+        candidates = [os.environ.get(variable, "clang++" if sys.platform == "darwin" else "g++")]
+    else:
+        needed, variable = "C", "CC"
+        candidates = [os.environ[variable]] if variable in os.environ else ["gcc", "clang"]
+        if find_spec("triton") is None:
+            raise UserError(
+                "train.compile is true, which needs Triton on GPUs, but it is not installed; pip install triton, or "
+                "choose train.compile=false."
+            )
+    if not any(map(which, candidates)):
+        raise UserError(
+            f"train.compile is true, which needs a {needed} compiler, but there is no {' or '.join(candidates)}; "
+            f"install one, name yours in the environment variable {variable}, or choose train.compile=false."
         )
 
 

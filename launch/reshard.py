@@ -30,7 +30,7 @@ from weft.parallel.checkpoint.files import remove, work_directory
 from weft.parallel.checkpoint.keys import listed
 from weft.parallel.checkpoint.load import read_block
 from weft.parallel.checkpoint.save import Part, assemble
-from weft.parallel.checkpoint.shard_file import PieceReader, write_shard
+from weft.parallel.checkpoint.shard_file import PieceReader, lay_out, write_shard
 from weft.parallel.sharding import sharded_parameters
 
 
@@ -97,7 +97,7 @@ def _write_rank(reader: PieceReader, manifest: Manifest, settings: Settings, wor
     if not pieces:
         return {"files": {}, "tensors": {}}
     stored = [_StoredPiece(piece, reader, manifest) for piece in pieces]
-    return write_shard(work / f"rank-{rank:05d}.safetensors", stored)
+    return write_shard(work / f"rank-{rank:05d}.safetensors", lay_out(stored))
 
 
 def _entries(manifest: Manifest, settings: Settings, mesh: DeviceMesh) -> Iterator[Entry]:

@@ -12,7 +12,7 @@ from weft.parallel.pipeline.draw import draw_timeline, timeline_text
 from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
 from weft.parallel.pipeline.search import search_schedule, share_costs
 from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
-from weft.parallel.pipeline.table import Schedule, ScheduleError
+from weft.parallel.pipeline.table import Schedule, ScheduleError, without_collector
 from weft.parallel.pipeline.text import read_schedule, write_schedule
 from weft.parallel.pipeline.timeline import Timeline
 
@@ -38,6 +38,7 @@ _SUFFIXES = (".svg", ".png", ".json", ".csv")
     "--activations", type=click.FloatRange(min=1), help="For auto: microbatches that fit into a rank's memory."
 )
 @click.option("--output", help="Write a picture (.svg, .png), a Perfetto trace (.json) or the table (.csv).")
+@without_collector()
 def schedule_command(
     name: str,
     ranks: int | None,

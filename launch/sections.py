@@ -139,6 +139,10 @@ class TrainSettings(Section):
 
     steps: AtLeastOne = Field(default=200, description="optimiser steps")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="number format of the computation")
+    compile: bool = Field(
+        default=False,
+        description="norms, rotary positions, gated activations and dropout as one kernel each, compiled at the start",
+    )
     seed: NotNegative = Field(default=1234, description="draws the initial weights, the dropout and the batches")
     stop_after: Literal["never"] | Duration = Field(
         default="never", description="time after which the run saves and ends, such as 3h50m; the same command goes on"

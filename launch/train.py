@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from weft.launch.checkpoints import Checkpoints, checkpoints_to_resume
 from weft.launch.engine import Engine
 from weft.launch.errors import RunError, UserError, show
+from weft.launch.garbage import without_old_objects
 from weft.launch.idle import release, stand_by
 from weft.launch.layout import model_ranks
 from weft.launch.metrics import MetricsWriter, StepMetrics
@@ -141,6 +142,7 @@ def _train(settings: Settings, mesh: DeviceMesh, stop: StopRequest, record: Rank
             stack.enter_context(watch.progress)
             watch.greet(trainer.step, resumed)
             checkpoints.say = watch.progress.say
+        stack.enter_context(without_old_objects())
         for metrics in trainer.steps():
             if watch is not None:
                 watch.step(metrics)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from weft import __version__
 from weft.launch.batch_sizes import batch_size, samples_before
-from weft.launch.batches import Batches, HeldOutBatches
+from weft.launch.batches import Batch, Batches, HeldOutBatches
+from weft.launch.batches_ahead import BatchesAhead
 from weft.launch.checkpoints import Checkpoints, say_on_rank_0
 from weft.launch.engine import Engine, StepOutcome
 from weft.launch.flops import flops_per_token, model_tflops, peak_tflops, utilization
@@ -54,6 +55,7 @@ class Trainer:
     def __post_init__(self) -> None:
         length = self.settings.corpus.sequence_length
         self._batches = Batches(self.tokens.train, length, self.settings.train.seed)
+        self._ahead = BatchesAhead(self._batch_of, self.engine.device)
         self._held_out = HeldOutBatches(self.tokens.held_out, length)
         self._patience = Patience(self.settings.train.early_stopping)
 
@@ -117,8 +119,7 @@ class Trainer:
     def _train_step(self) -> StepMetrics:
         start = time.perf_counter()
         self.engine.record.begin_step(self.step)
-        first, size = samples_before(self.step, self.settings.batch), batch_size(self.step, self.settings.batch)
-        batch = self._batches.batch(self._own_share(np.arange(first, first + size)))
+        batch = self._ahead.take(self.step, last=self.step + 1 == self.settings.train.steps)
         if self.memory is None:
             outcome, self.memory = measured_step(self.engine, self.step, batch.inputs, batch.targets)
         else:
@@ -143,8 +144,9 @@ class Trainer:
         )
         if dist.get_world_size() > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
-        self.stopped, self._writing = bool(facts[0]), bool(facts[1])
-        return int(facts[2])
+        stopped, writing, memory = facts.tolist()
+        self.stopped, self._writing = bool(stopped), bool(writing)
+        return int(memory)
 
     def _metrics(self, outcome: StepOutcome, seconds: float, memory: int) -> StepMetrics:
         mesh = self.engine.mesh
@@ -203,6 +205,11 @@ class Trainer:
             "bits_per_byte": self.tokens.bits_per_byte(mean, targets=count),
         }
         return StepMetrics(**values)
+
+    def _batch_of(self, step: int) -> Batch:
+        """This data rank's samples of the step."""
+        first, size = samples_before(step, self.settings.batch), batch_size(step, self.settings.batch)
+        return self._batches.batch(self._own_share(np.arange(first, first + size)))
 
     def _own_share(self, numbers: np.ndarray) -> np.ndarray:
         return np.array_split(numbers, self.engine.data.size())[self.engine.data.get_local_rank()]

@@ -1,7 +1,7 @@
 """One optimiser step after the backward passes: sums over all axes, norm, overflow, clipping, update."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import NamedTuple
@@ -43,6 +43,10 @@ class Updates:
     """The updates of one rank's stages of a model with so many `layers` and, on all ranks, `all_stages`.
 
     A loss or gradient that is not finite, on whatever rank, makes the norm so on all: all leave out the same step.
+
+    Attributes:
+        observe: is shown the gradients of the replicas' pieces, in their order, when they are summed over all axes and
+            neither clipped nor divided by the loss scale.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Updates:
         device = next((piece.parameter.device for piece in self._counted), torch.device(mesh.device_type))
         self._labels = torch.tensor(places, dtype=torch.int64, device=device)
         self._all_stages = all_stages
+        self.observe: Callable[[Sequence[Tensor]], None] | None = None
 
     def apply(self, step: int, executor: PipelineExecutor, loss: float) -> Updated:
         """Update the weights from the gradients of the step numbered from 0, whose loss was so.
@@ -77,6 +82,8 @@ class Updates:
         gradients = {id(piece): replicas.gradient(piece) for piece in replicas.pieces}
         sum_partial_gradients((gradients[id(piece)], piece.sharding) for piece in replicas.pieces)
         executor.reduce_shared_gradients(self._shared(gradients))
+        if self.observe is not None:
+            self.observe(list(gradients.values()))
         norm, by_place = self._norms([gradients[id(piece)] for piece in self._counted], loss)
         factor = 1 / self.loss_scale.scale
         scaled = self.loss_scale.scale > 1

@@ -30,6 +30,7 @@ from weft.parallel import (
     recomputed,
     split,
 )
+from weft.parallel.fused import Fusing
 from weft.parallel.offload import ActivationOffload
 from weft.parallel.random import Constant, Distribution, Normal
 from weft.parallel.tensor.cache import CachedLayer, CachedTokens
@@ -39,7 +40,7 @@ from weft.parallel.tensor.packed import Packable, PackedWeight
 TIED = "embed_tokens.weight"  # the name common to embedding and head where they share their weight
 
 
-class MLP(Packable):
+class MLP(Fusing, Packable):
     """`down(act(gate(x)) · up(x))`, or `down(act(up(x)))` without a gate: the intermediate features are split.
 
     Shapes: x and result `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` under sequence parallelism).
@@ -83,13 +84,18 @@ class MLP(Packable):
                 sequence_parallel=self.up_proj.sequence_parallel,
                 queue=self.up_proj.weight_gradient_queue,
             )
-            hidden = activate(gate, self.activation) * up  # [batch, sequence, intermediate / tensor]
+            hidden = self.fused(gated, gate, up, self.activation)  # [batch, sequence, intermediate / tensor]
         if self.training and self.dropout.p:
             width, mesh = hidden.shape[-1], self.up_proj.mesh
             offset, full = mesh.get_local_rank() * width, mesh.size() * width
             hidden = self.dropout(hidden, dropout_key, offset=offset, dim=2, full_size=full)
         result: Tensor = self.down_proj(hidden)
         return result
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`act(gate) · up`."""
+    return activate(gate, activation) * up
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -332,7 +338,8 @@ class DecoderStage(nn.Module):
     def _embed(self, tokens: Tensor, key: DropoutKey | None, cache: CachedTokens | None) -> Tensor:
         x: Tensor = self.embed_tokens(tokens)
         if self.config.scaled_embedding:
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+            # rounded to the precision of x first, and filled in on the device: to copy it there the CPU would wait
+            x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
         if self.config.token_types:
             x = x + self.embed_types.weight[0]  # no token is of another type unless it is said
         if self.config.positions == "learned":
@@ -352,7 +359,8 @@ class DecoderStage(nn.Module):
         if cache is None and lengths is None:
             length = x.shape[1] * (self.mesh.size() if self.sequence_parallel else 1)
             positions = torch.arange(length, device=x.device)
-            return {kind: rotary_table(positions, self.config.head_dim, kind, dtype=x.dtype) for kind in self._rotaries}
+            options: dict[str, Any] = {"dtype": x.dtype, "length": length}
+            return {kind: rotary_table(positions, self.config.head_dim, kind, **options) for kind in self._rotaries}
         if cache is not None:
             positions, lengths, size = cache.positions, cache.lengths, cache.cache.capacity
         else:

@@ -74,11 +74,7 @@ def own_part(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
 
 def _exchange_parts(x: Tensor, mesh: DeviceMesh, split_dim: int, concat_dim: int) -> Tensor:
-    parts = [part.contiguous() for part in equal_parts(x, mesh.size(), split_dim)]
-    works, received = start_all_to_all(parts, mesh)
-    for work in works:
-        work.wait()
-    return torch.cat(received, concat_dim)
+    return start_all_to_all(equal_parts(x, mesh.size(), split_dim), mesh, concat_dim).wait()
 
 
 class _Copy(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from weft.parallel.background import with_background_threads
+from weft.parallel.meeting import links_of
 
 AXES = ("pipeline", "data", "context", "tensor")
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -61,7 +62,11 @@ def _make_mesh(sizes: dict[str, int], device_type: str, timeout: timedelta) -> D
     options: Any = None
     if dist.get_backend() != "fake":
         options = {axis: _group_options(device_type, timeout) for axis in AXES}
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES, backend_override=options)
+    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES, backend_override=options)
+    if device_type == "cpu":
+        for axis in AXES:
+            links_of(mesh[axis].get_group())  # now, while all ranks are here, and in one order on all of them
+    return mesh
 
 
 def _group_options(device_type: str, timeout: timedelta) -> tuple[str, Any]:

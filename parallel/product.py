@@ -43,8 +43,8 @@ def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
 def is_by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` of the two is oneDNN's; `torch.backends.mkldnn.flags(enabled=False)` prevents it."""
     return (
-        x.dtype == torch.float32 == weight.dtype
-        and x.numel() * weight.shape[0] >= SMALLEST_FOR_ONEDNN
+        x.numel() * weight.shape[0] >= SMALLEST_FOR_ONEDNN
+        and x.dtype == torch.float32 == weight.dtype
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # neither a DTensor nor a fake one
         and x.device.type == "cpu"

@@ -1,12 +1,16 @@
 """Counting what the ranks send, without a word in the code that sends it.
 
 Every torch collective is an operation of the `c10d` namespace that passes torch's dispatcher, in the backward too; a
-dispatch mode sees them all. The engine pays nothing when nobody counts.
+dispatch mode sees them all, and the links between ranks of one machine tell of their messages. The engine pays next to
+nothing when nobody counts.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -51,12 +55,24 @@ class Call:
         return self.bytes * factor.get(self.operation, share)
 
 
+_COUNTING: ContextVar[tuple["Traffic", ...]] = ContextVar("counting", default=())
+
+
 class Traffic(TorchDispatchMode):
     """The communication of this rank inside the `with` block, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+
+    def __enter__(self) -> Self:
+        _COUNTING.set((*_COUNTING.get(), self))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _COUNTING.set(tuple(counting for counting in _COUNTING.get() if counting is not self))
 
     @property
     def messages(self) -> int:
@@ -73,7 +89,7 @@ class Traffic(TorchDispatchMode):
         return Counter(call.operation for call in self.calls)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
+        if func.namespace == "c10d" and self in _COUNTING.get():
             self._record(func._schema.name.removeprefix("c10d::"), args)
         return func(*args, **(kwargs or {}))
 
@@ -90,3 +106,19 @@ class Traffic(TorchDispatchMode):
 def count_traffic() -> Traffic:
     """`with count_traffic() as traffic:` counts this rank's communication: `traffic.messages`, `.bytes`, `.calls`."""
     return Traffic()
+
+
+def note_message(operation: str, count: int, group: str, group_size: int) -> None:
+    """Let those who count know of a message of `count` bytes that does not pass torch's dispatcher."""
+    for traffic in _COUNTING.get():
+        traffic.calls.append(Call(operation, count, group_size, group))
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Communication inside the block is nobody's: what sets up connections, once."""
+    token = _COUNTING.set(())
+    try:
+        yield
+    finally:
+        _COUNTING.reset(token)

@@ -8,6 +8,7 @@ import pytest
 from tests.pool import Pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the machine's cores
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each rank's compiler would start processes of its own
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ class Case:
     zero_engine: str = "auto"
     offload: str = "none"
     optimizer: str = "adamw"
+    compile: bool = False
 
     @property
     def global_size(self) -> int:
@@ -114,6 +115,7 @@ class Case:
                 "train": {
                     "steps": STEPS,
                     "seed": SEED,
+                    "compile": self.compile,
                     "optimizer": {"name": self.optimizer, "learning_rate": LEARNING_RATE, "clip_grad_norm": 0.5},
                     "schedule": {"warmup_steps": 2, "minimum_learning_rate": LEARNING_RATE},
                 },
@@ -354,3 +356,23 @@ def test_dropout_does_not_depend_on_the_layout(pool: Pool) -> None:
             )
             outcomes = [outcome for (outcome,) in pool.run(layout.ranks, run_layouts, [case])]
             assert not compare(case, outcomes, expected), case
+
+
+def test_compiled_chains_change_nothing(pool: Pool) -> None:
+    """Under tensor ranks, split backwards, recomputation, activations on the host, and weights divided by FSDP2."""
+    case = Case(Layout(1, 2, 2), sequence_parallel=True, microbatches=2, compile=True)  # all cases have the same shapes
+    check(
+        pool,
+        [
+            replace(case, schedule="zb-h1", recompute="full"),
+            replace(case, schedule="zb-v", stages_per_rank=2, recompute="selective", recompute_modules=("core", "mlp")),
+            replace(case, offload="activations"),
+        ],
+    )
+    check(pool, [replace(case, layout=Layout(2, 2, 1), microbatches=1, zero=3)])
+    assert min(pool.run(4, compiled_functions)) >= 3, "of norms, rotary positions and gated activations"
+
+
+def compiled_functions() -> int:
+    """How many functions torch has compiled in this process."""
+    return int(torch._dynamo.utils.counters["frames"]["ok"])

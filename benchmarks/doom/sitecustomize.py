@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-OPERATIONS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir", "readv", "listdir", "scandir")
+OPERATIONS = (
+    "open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir", "readv", "preadv", "listdir", "scandir",
+)  # fmt: skip
 
 
 class Doom:

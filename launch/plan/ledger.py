@@ -237,7 +237,7 @@ def messages_of(schedule: Schedule, rank: int) -> list[int]:
     Receives that are posted, and what it has sent and does not know to be taken. What it has itself taken is counted
     elsewhere: an activation as the input of a block, a gradient as that of the stage's last block.
     """
-    plan = plan_rank(schedule, rank, traffic(schedule))
+    plan = plan_rank(schedule, rank, traffic(schedule, rank))
     waiting = sum(count for _, count in plan.first)
     sent = 0
     counts = []

@@ -32,6 +32,7 @@ class Kind(StrEnum):
     TIED_GRADIENT = "tied copies' gradients not summed"
     NORM_TWICE = "gradient norm counts a parameter twice"
     NORM_NEVER = "gradient norm leaves a shard out"
+    DIVISION = "divided wrongly by ZeRO"
     MISSING = "parameters missing"
     UNKNOWN = "unknown"
 
@@ -71,6 +72,8 @@ EXPLANATIONS = {
     "replicated on one rank only.",
     Kind.NORM_NEVER: "The norm is the one without this. Declare how the parameter is sharded, and add the squares of "
     "all ranks before the root.",
+    Kind.DIVISION: "Where each data rank keeps and updates everything (ZeRO 0), the same layout is right: in what the "
+    "data ranks divide, a range is not summed over them, is updated by none or by two, or is not gathered again.",
     Kind.MISSING: "Every parameter of the plain model must be on at least one rank, by the same name.",
     Kind.UNKNOWN: "None of the known mistakes would give this value.",
 }

@@ -1,10 +1,12 @@
 """A model and its training as a settings file describes them, made small without changing what must divide."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from importlib.util import find_spec
+from math import lcm, prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -13,11 +15,13 @@ from weft.launch.errors import UserError
 from weft.launch.layout import check_layout
 from weft.launch.objectives import IGNORED
 from weft.launch.sections import Settings
-from weft.launch.verify.layout import MICROBATCHES, Layout, Plan, grids, schedules
+from weft.launch.verify.layout import MICROBATCHES, Layout, Plan, divided, grids, schedules
 from weft.model.config import model_config
+from weft.parallel.data.replicas import Piece
 from weft.parallel.sharding import Sharding, sharded_parameters
 
 LARGEST_MICROBATCH = 2
+WITHOUT_DEEPSPEED = "DeepSpeed is not installed; install weft with the extra deepspeed (pip install 'weft[deepspeed]')."
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,31 @@ class ConfigModel:
         return self.settings.name
 
     def plan(self, processes: int) -> Plan:
-        """Every data × tensor × pipeline × schedule, with and without sequence parallelism."""
+        """Every data × tensor × pipeline × schedule, with and without sequence parallelism, and one under ZeRO.
+
+        That one has the first schedule that fits, the user's if it does, and sequence parallelism where it matters.
+        """
         plan = Plan()
         for grid in grids(processes):
-            for layout in self._variants(grid, plan):
-                try:
-                    check_layout(arranged(self.settings, layout), layout.ranks)
-                except UserError as error:
-                    plan.skip(
-                        grid.sizes if layout.stages_per_rank == 1 else f"{grid.sizes}, {layout.schedule}", str(error)
-                    )
-                else:
-                    plan.layouts.append(layout)
+            fitting = [layout for layout in self._variants(grid, plan) if self._fits(layout, plan)]
+            plan.layouts += fitting
+            harder = [layout for layout in fitting if layout.sequence_parallel] or fitting
+            for layout in harder[:1]:
+                plan.layouts += [kind for kind in divided(layout) if self._fits(kind, plan)]
         return plan
+
+    def _fits(self, layout: Layout, plan: Plan) -> bool:
+        """Whether the settings take the layout; the plan is told why not."""
+        if layout.zero_engine == "deepspeed" and find_spec("deepspeed") is None:
+            plan.skip(f"{layout.sizes}, ZeRO by DeepSpeed", WITHOUT_DEEPSPEED)
+            return False
+        try:
+            check_layout(arranged(self.settings, layout), layout.ranks)
+        except UserError as error:
+            schedule = layout.schedule if layout.stages_per_rank > 1 else ""
+            plan.skip(", ".join(filter(None, (layout.sizes, schedule, layout.division))), str(error))
+            return False
+        return True
 
     def build(
         self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, *, microbatches: int | None = None
@@ -91,11 +107,9 @@ def _smaller(size: int, wanted: int, ranks: int) -> int:
 
 
 def arranged(settings: Settings, layout: Layout) -> Settings:
-    """The same settings in another layout; one process needs no recomputation.
-
-    Data ranks divide nothing: whole gradients are compared, which no rank of ZeRO holds.
-    """
+    """The same settings in another layout; one process neither recomputes nor compiles: it is what all are held to."""
     parallel = settings.parallel
+    offload = "activations" if parallel.offloads_activations else "none"
     stages = layout.pipeline * layout.stages_per_rank
     changes = {
         "data": layout.data,
@@ -103,15 +117,17 @@ def arranged(settings: Settings, layout: Layout) -> Settings:
         "pipeline": layout.pipeline,
         "schedule": layout.schedule,
         "stages_per_rank": layout.stages_per_rank,
-        "zero": 0,
-        "zero_engine": "auto",
-        "offload": "activations" if parallel.offloads_activations else "none",
+        "zero": layout.zero,
+        "zero_engine": layout.zero_engine if layout.zero else "auto",
+        "offload": parallel.offload if layout.zero_engine == "deepspeed" else offload,
         "sequence_parallel": layout.sequence_parallel,
         "split": parallel.split if parallel.split != "auto" and len(parallel.split) == stages else "auto",
     }
+    train = settings.train
     if layout == Layout():
         changes |= {"recompute": "none"}
-    return settings.model_copy(update={"parallel": parallel.model_copy(update=changes)})
+        train = train.model_copy(update={"compile": False})
+    return settings.model_copy(update={"parallel": parallel.model_copy(update=changes), "train": train})
 
 
 class EngineRun:
@@ -122,7 +138,8 @@ class EngineRun:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._norm = 0.0
+        self._gradients: dict[str, tuple[Piece, Tensor]] = {}
+        engine.updates.observe = self._keep
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -133,12 +150,23 @@ class EngineRun:
         for module in self.modules:
             yield from ((name, child) for name, child in module.named_modules() if name or whole)
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
+    def parameters(self) -> Iterator[tuple[str, Tensor, Sharding | None]]:
         """By global names; a tied copy on another stage goes by the name that it shares."""
+        replicas = self.engine.updates.replicas
+        names = {id(piece.parameter): piece.name for piece in replicas.pieces}
         for stage in self.engine.stages:
-            shared = {id(parameter): name for name, parameter in stage.shared.items()}
+            weights = replicas.whole_weights(stage.module)
             for name, parameter, sharding in sharded_parameters(stage.module):
-                yield shared.get(id(parameter), name), parameter, sharding
+                yield names.get(id(parameter), name), weights[name], sharding
+
+    @torch.no_grad()
+    def replace_parameters(self, values: Mapping[str, Tensor]) -> None:
+        replicas = self.engine.updates.replicas
+        for piece in replicas.pieces:
+            if piece.name in values:
+                own = values[piece.name].flatten().narrow(0, piece.start, piece.weight.numel())
+                piece.weight.copy_(own.view_as(piece.weight))
+        replicas.refresh()
 
     def output(self) -> Tensor | None:
         """Logits `[rows, sequence, ceil(vocabulary / tensor)]` of the first batch, without dropout."""
@@ -147,13 +175,27 @@ class EngineRun:
 
     def step(self, number: int) -> tuple[float, float]:
         outcome = self.engine.step(number, *self._batch(number))
-        self._norm = outcome.gradient_norm
         return outcome.loss, outcome.gradient_norm
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        limit = self.engine.settings.train.optimizer.clip_grad_norm
-        clipped = min(1.0, limit / (self._norm + 1e-6)) if limit else 1.0
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / clipped
+    def gradients(self) -> dict[str, Tensor]:
+        """Each put together from the data ranks' parts of it, as they are when the optimiser takes them."""
+        return {name: self._whole(piece, part) for name, (piece, part) in self._gradients.items()}
+
+    def _keep(self, gradients: Sequence[Tensor]) -> None:
+        updates = self.engine.updates
+        self._gradients = {
+            piece.name: (piece, gradient / updates.loss_scale.scale)
+            for piece, gradient in zip(updates.replicas.pieces, gradients, strict=True)
+        }
+
+    def _whole(self, piece: Piece, part: Tensor) -> Tensor:
+        shape = self.engine.updates.replicas.shape(piece)
+        if not self.engine.settings.parallel.zero:
+            return part.view(shape)
+        whole = part.new_zeros(prod(shape))
+        whole.narrow(0, piece.start, part.numel()).copy_(part.flatten())
+        dist.all_reduce(whole, group=self.engine.data.get_group())  # the parts do not overlap
+        return whole.view(shape)
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor]:
         """This data rank's inputs and targets; the first rows of the batch have fewer targets than the others."""

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
@@ -18,7 +19,7 @@ from weft.parallel import build_mesh
 from weft.parallel.sharding import Sharding
 
 Chunks = Mapping[str, tuple[int, ...]]
-Held = list[tuple[str, nn.Parameter, Cut]]
+Held = list[tuple[str, Tensor, Cut]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Inspector:
             reference.losses.append(loss)
             reference.gradient_norms.append(norm)
             if number == 0:
-                reference.gradients = {name: run.gradient(p).clone() for name, p, _ in run.parameters()}
+                reference.gradients = _copies(run.gradients())
         reference.weights = _full_parameters(run)
         return reference
 
@@ -63,31 +64,32 @@ class Inspector:
         """Train in a layout and compare with every plain run; a sentence when the model refuses the layout."""
         mesh = _mesh(layout)
         readings, names = {}, set[str]()
-        for precision, judge in self._judges.items():
+        for precision in layout.precisions:
             try:
                 run = self._subject.build(layout, mesh, getattr(torch, precision))
             except UnfitError as error:
                 return str(error)
-            readings[precision] = self._compare(run, mesh, judge)
+            readings[precision] = self._compare(run, mesh, self._judges[precision])
             names = {name for name, _, _ in run.parameters()}
         return Measurement(readings, frozenset(self._initial.keys() - names))
 
-    def trace(self, layout: Layout, chunks: Chunks) -> Trace:
-        """Record one step on one microbatch in float64, from the weights of the plain model.
+    def trace(self, layout: Layout, precision: str, chunks: Chunks) -> Trace:
+        """Record one step on one microbatch, from the weights of the plain model.
 
         `chunks`: parameters to cut in another way than declared, to see whether that would be right.
         """
         mesh = _mesh(layout)
-        run = self._subject.build(layout, mesh, torch.float64, microbatches=1)
+        run = self._subject.build(layout, mesh, getattr(torch, precision), microbatches=1)
         trace = Trace(_place(mesh))
         held = self._held(run, mesh)
-        initial = {name: parameter.detach().clone() for name, parameter, _ in held}
-        self._repair(_recut(held, mesh, chunks))
+        initial = _copies({name: parameter for name, parameter, _ in held})
+        self._repair(run, _recut(held, mesh, chunks))
         with tracing(run.named_modules(), trace.values):
             trace.loss, trace.gradient_norm = run.step(0)
         trace.own_loss, trace.targets = run.own_loss, run.targets
-        for name, parameter, cut in held:
-            trace.parameters[name] = ParameterValue(initial[name], run.gradient(parameter).clone(), cut)
+        gradients = _copies(run.gradients())
+        for name, _, cut in held:
+            trace.parameters[name] = ParameterValue(initial[name], gradients[name], cut)
         return trace
 
     def _compare(self, run: Run, mesh: DeviceMesh, judge: Judge) -> dict[str, Reading]:
@@ -95,7 +97,7 @@ class Inspector:
         held = self._held(run, mesh)
         readings = {INITIAL: _compare_parameters(judge, INITIAL, held, plain.initial)}
         if not readings[INITIAL].right:
-            self._repair(held)  # whether all else is right is another question
+            self._repair(run, held)  # whether all else is right is another question
         output = run.output()
         if output is not None and plain.output is not None:
             pair = aligned(plain.output, output, _place(mesh), None)
@@ -107,11 +109,12 @@ class Inspector:
             losses.append(loss)
             norms.append(norm)
             if number == 0:
-                gradients = [(name, run.gradient(parameter), cut) for name, parameter, cut in held]
+                found = run.gradients()
+                gradients = [(name, found[name], cut) for name, _, cut in held]
                 readings[GRADIENT] = _compare_parameters(judge, GRADIENT, gradients, plain.gradients)
         readings[LOSS] = judge.numbers(LOSS, losses, plain.losses)
         readings[NORM] = judge.numbers(NORM, norms, plain.gradient_norms)
-        readings[WEIGHTS] = _compare_parameters(judge, WEIGHTS, held, plain.weights)
+        readings[WEIGHTS] = _compare_parameters(judge, WEIGHTS, self._held(run, mesh), plain.weights)
         return readings
 
     @property
@@ -128,10 +131,12 @@ class Inspector:
         ]
 
     @torch.no_grad()
-    def _repair(self, held: Held) -> None:
+    def _repair(self, run: Run, held: Held) -> None:
         """Give every parameter its part of the plain model's."""
+        values = _copies({name: parameter for name, parameter, _ in held})
         for name, parameter, cut in held:
-            cut.write(parameter, self._initial[name].to(parameter.dtype))
+            cut.write(values[name], self._initial[name].to(parameter.dtype))
+        run.replace_parameters(values)
 
 
 def _recut(held: Held, mesh: DeviceMesh, chunks: Chunks) -> Held:
@@ -153,11 +158,18 @@ def _compare_parameters(
 
 
 def _full_parameters(run: Run) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter, _ in run.parameters()}
+    return _copies({name: parameter for name, parameter, _ in run.parameters()})
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _mesh(layout: Layout) -> DeviceMesh:
-    return build_mesh(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
+    """The layout's mesh, on all ranks; one that ended its call at once would break connections that others make."""
+    mesh = build_mesh(data=layout.data, tensor=layout.tensor, pipeline=layout.pipeline)
+    dist.barrier()
+    return mesh
 
 
 def _place(mesh: DeviceMesh) -> Place:

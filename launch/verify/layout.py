@@ -9,6 +9,7 @@ from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
 from weft.parallel.pipeline.table import ScheduleError
 
 MICROBATCHES = 4
+PRECISIONS = ("float64", "float32")  # float64 first: rounding is measured against it
 STAGES_PER_RANK = (2, 1)  # in the order of trial: with one, an interleaved schedule is a plain one
 
 
@@ -22,6 +23,8 @@ class Layout:
     schedule: str = "1f1b"
     stages_per_rank: int = 1
     sequence_parallel: bool = False
+    zero: int = 0
+    zero_engine: str = "none"
 
     @property
     def ranks(self) -> int:
@@ -37,8 +40,19 @@ class Layout:
     def variant(self) -> str:
         """`1f1b, sequence parallel`: what else there is to say."""
         stages = f" × {self.stages_per_rank}" if self.stages_per_rank > 1 else ""
-        schedule = [self.schedule + stages] if self.pipeline > 1 else []
-        return ", ".join([*schedule, *(["sequence parallel"] if self.sequence_parallel else [])])
+        schedule = self.schedule + stages if self.pipeline > 1 else ""
+        return ", ".join(filter(None, (schedule, "sequence parallel" * self.sequence_parallel, self.division)))
+
+    @property
+    def division(self) -> str:
+        """`ZeRO 1`: what the data ranks divide, and by whom where there is a choice; nothing for ZeRO 0."""
+        engine = " by DeepSpeed" if self.zero == 3 and self.zero_engine == "deepspeed" else ""
+        return f"ZeRO {self.zero}{engine}" if self.zero else ""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """In which it is run; DeepSpeed sums gradients and updates weights in float32 whatever it is given."""
+        return ("float32",) if self.zero_engine == "deepspeed" else PRECISIONS
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.sizes, self.variant)))
@@ -90,6 +104,15 @@ def schedules(grid: Layout, name: str, stages_per_rank: int, plan: Plan) -> Iter
             plan.skip(f"{grid.sizes}, {other}", reason)
 
 
+def divided(layout: Layout) -> Iterator[Layout]:
+    """The layout under every kind of ZeRO; none where there is one data rank."""
+    if layout.data == 1:
+        return
+    for zero, engine in ((1, "deepspeed"), (2, "deepspeed"), (3, "fsdp2"), (3, "deepspeed")):
+        if not (zero == 3 and engine == "deepspeed" and layout.pipeline > 1):
+            yield replace(layout, zero=zero, zero_engine=engine)
+
+
 class Choice:
     """The layouts that the user asks for: `tensor=2,schedule=gpipe`; several choices add up, none means all.
 
@@ -121,5 +144,5 @@ def _condition(text: str) -> tuple[str, object]:
         return name, value
     if kind is None:
         raise UserError(f"--layouts {text}: {name!r} is no part of a layout; choose from {', '.join(kinds)}.")
-    wanted = {int: "a whole number", bool: "true or false", str: "a schedule's name"}[kind]  # type: ignore[index]
+    wanted = {int: "a whole number", bool: "true or false", str: "a name"}[kind]  # type: ignore[index]
     raise UserError(f"--layouts {text}: {name} is {value!r}; give {wanted}.")

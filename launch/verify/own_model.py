@@ -116,6 +116,12 @@ class OwnRun:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
         return sharded_parameters(self.model)
 
+    @torch.no_grad()
+    def replace_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter, _ in self.parameters():
+            if name in values:
+                parameter.copy_(values[name])
+
     def output(self) -> Tensor | None:
         """The logits or the first floating-point tensor that the model returns."""
         self.model.eval()
@@ -135,8 +141,8 @@ class OwnRun:
         self.optimizer.step()
         return float(total), norm
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p, _ in self.parameters()}
 
     def backward(self) -> Tensor:
         """Backpropagate this rank's share of the loss, and return it."""

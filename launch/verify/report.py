@@ -1,7 +1,7 @@
 """The report as a table for a terminal and as JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weft.launch.verify.diagnose import Finding
-from weft.launch.verify.layout import Layout
+from weft.launch.verify.layout import PRECISIONS, Layout
 from weft.launch.verify.measure import GRADIENT, INITIAL, OUTPUT, QUANTITIES, ROUNDING_FACTOR, TOLERANCE, Reading, worst
 from weft.launch.verify.session import Report, Result
 
@@ -74,11 +74,12 @@ def _columns(report: Report) -> list[str]:
 
 
 def _groups(results: list[Result]) -> list[list[Result]]:
-    """What has a row of its own: each wrong layout, and right layouts that differ in their schedule alone."""
-    groups: dict[Layout | tuple[str, bool], list[Result]] = {}
+    """What has a row of its own: each wrong layout, and right layouts that differ in schedule or kind of ZeRO alone."""
+    groups: dict[Layout | tuple[str, bool, bool], list[Result]] = {}
     for result in results:
         layout = result.layout
-        key = (layout.sizes, layout.sequence_parallel) if result.verdict == "right" else layout
+        alike = (layout.sizes, layout.sequence_parallel, layout.zero > 0)
+        key = alike if result.verdict == "right" else layout
         groups.setdefault(key, []).append(result)
     return list(groups.values())
 
@@ -86,16 +87,23 @@ def _groups(results: list[Result]) -> list[list[Result]]:
 def _rows(group: list[Result], columns: list[str]) -> Iterator[list[Text | str]]:
     layout, verdict = group[0].layout, group[0].verdict
     shown = Text(verdict, style="green" if verdict == "right" else "bold red")
-    variant = layout.variant if len(group) == 1 else f"{len(group)} schedules"
-    if len(group) > 1 and layout.sequence_parallel:
-        variant += ", sequence parallel"
-    if not group[0].readings:
-        yield [layout.sizes, variant, *[""] * (len(columns) + 1), shown]
-    for number, precision in enumerate(group[0].readings):
-        readings = {what: worst(r.readings[precision].get(what, NOTHING) for r in group) for what in columns}
-        cells = [_cell(readings[what]) for what in columns]
-        label, judged = (variant, Text()) if number else (layout.sizes, shown)
-        yield [label, precision, *cells, readings[GRADIENT].parameter, judged]
+    variant = layout.variant if len(group) == 1 else _variants([result.layout for result in group])
+    rows: list[list[Text | str]] = []
+    for precision in PRECISIONS:
+        measured = [result.readings[precision] for result in group if precision in result.readings]
+        if measured:
+            readings = {what: worst(values.get(what, NOTHING) for values in measured) for what in columns}
+            rows.append([precision, *[_cell(readings[what]) for what in columns], readings[GRADIENT].parameter])
+    rows += [[""] * (len(columns) + 2)] * ((2 if variant else 1) - len(rows))
+    for row, label, judged in zip(rows, (layout.sizes, variant), (shown, Text()), strict=False):
+        yield [label, *row, judged]
+
+
+def _variants(layouts: Sequence[Layout]) -> str:
+    """Of layouts of a group: `10 schedules, sequence parallel`, or `sequence parallel, 4 kinds of ZeRO`."""
+    number, layout = len(layouts), layouts[0]
+    words = ("" if layout.zero else f"{number} schedules", "sequence parallel" * layout.sequence_parallel)
+    return ", ".join(filter(None, (*words, f"{number} kinds of ZeRO" if layout.zero else "")))
 
 
 def _cell(reading: Reading) -> Text:
@@ -109,6 +117,11 @@ def _notes(report: Report) -> Iterator[str]:
     schedules = dict.fromkeys(r.layout.schedule for r in report.results if r.layout.pipeline > 1)
     if len(schedules) > 1:
         yield f"schedules: {', '.join(schedules)}"
+    kinds = dict.fromkeys(r.layout.division for r in report.results if r.layout.zero)
+    if kinds:
+        yield f"kinds of ZeRO: {', '.join(kinds)}"
+    if any(r.layout.zero_engine == "deepspeed" for r in report.results):
+        yield "DeepSpeed, which does ZeRO 1 and 2 too, updates in float32 whatever it is given: no other is compared."
     if report.computed_in != "float64":
         yield f"The model computes parts in {report.computed_in} whatever it is given; float64 may differ by as much."
     yield from _skipped(report)

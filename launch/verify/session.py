@@ -3,7 +3,7 @@
 import re
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
@@ -12,14 +12,19 @@ from weft.launch.errors import UserError
 from weft.launch.verify.causes import Kind
 from weft.launch.verify.diagnose import Chunks, Finding, diagnose
 from weft.launch.verify.inspector import Inspector, Measurement
-from weft.launch.verify.layout import Choice, Layout, Plan, Skipped
+from weft.launch.verify.layout import PRECISIONS, Choice, Layout, Plan, Skipped
 from weft.launch.verify.measure import QUANTITIES, TOLERANCE, Reading, Reference, worst
 from weft.launch.verify.pool import CallError, CallTimeoutError, Pool
 from weft.launch.verify.subject import Subject
 from weft.launch.verify.trace import Trace
 
+Readings = dict[str, dict[str, Reading]]  # by precision and quantity
+
+ONE_MICROBATCH_AGREES = (
+    "One step on one microbatch agrees; the fault is in how microbatches are added up, in the schedule, or in the "
+    "optimiser."
+)
 SAME_ORDER = "do all ranks call the same collectives in the same order?"
-PRECISIONS = ("float64", "float32")  # float64 first: rounding is measured against it
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,7 @@ def _verify_layout(pool: Pool, layout: Layout, computed_in: str) -> Result | Ski
             return Skipped(str(layout), refusals[0])
         measured = [answer for answer in answers if isinstance(answer, Measurement)]
         readings = _worst_of_ranks(measured)
-        if _has_all_parameters(measured) and all(
-            reading.right for values in readings.values() for reading in values.values()
-        ):
+        if _is_right(measured, readings):
             return Result(layout, "right", readings, seconds=perf_counter() - start)
         findings = _diagnose(pool, layout, readings, computed_in)
     except (CallError, CallTimeoutError) as error:
@@ -138,12 +141,13 @@ def _verify_layout(pool: Pool, layout: Layout, computed_in: str) -> Result | Ski
     return Result(layout, "wrong", readings, findings, seconds=perf_counter() - start)
 
 
-def _has_all_parameters(measured: Sequence[Measurement]) -> bool:
-    """Whether every parameter of the plain model is on some rank."""
-    return not frozenset.intersection(*(measurement.missing for measurement in measured))
+def _is_right(measured: Sequence[Measurement], readings: Readings) -> bool:
+    """Whether every parameter of the plain model is on some rank, and every reading within its tolerance."""
+    missing = frozenset.intersection(*(measurement.missing for measurement in measured))
+    return not missing and all(reading.right for values in readings.values() for reading in values.values())
 
 
-def _worst_of_ranks(measured: Sequence[Measurement]) -> dict[str, dict[str, Reading]]:
+def _worst_of_ranks(measured: Sequence[Measurement]) -> Readings:
     return {
         precision: {
             what: worst(m.readings[precision][what] for m in measured if what in m.readings[precision])
@@ -154,21 +158,27 @@ def _worst_of_ranks(measured: Sequence[Measurement]) -> dict[str, dict[str, Read
     }
 
 
-def _diagnose(pool: Pool, layout: Layout, readings: dict[str, dict[str, Reading]], computed_in: str) -> list[Finding]:
-    plain: Trace = pool.call(1, "trace", Layout(), {})[0]
+def _diagnose(pool: Pool, layout: Layout, readings: Readings, computed_in: str) -> list[Finding]:
+    precision = layout.precisions[0]
+    plain: Trace = pool.call(1, "trace", Layout(), precision, {})[0]
 
     def retrace(chunks: Chunks) -> list[Trace]:
-        return pool.call(layout.ranks, "trace", layout, chunks)
+        return pool.call(layout.ranks, "trace", layout, precision, chunks)
 
-    found = diagnose(plain, retrace({}), retrace, tolerance=10 * TOLERANCE[computed_in])
-    if found:
-        return found
-    over = [what for values in readings.values() for what, reading in values.items() if not reading.right]
-    detail = (
-        "One step on one microbatch agrees; the fault is in how microbatches are added up, in the schedule, or in the "
-        "optimiser."
-    )
-    return [Finding(Kind.UNKNOWN, "", next(iter(over), "weights"), detail)]
+    tolerance = 10 * max(TOLERANCE[computed_in], TOLERANCE[precision])
+    found = diagnose(plain, retrace({}), retrace, tolerance=tolerance)
+    if not found:
+        over = [what for values in readings.values() for what, reading in values.items() if not reading.right]
+        found = [Finding(Kind.UNKNOWN, "", next(iter(over), "weights"), ONE_MICROBATCH_AGREES)]
+    if layout.zero and found[-1].kind == Kind.UNKNOWN and _is_right_undivided(pool, layout):
+        found[-1] = replace(found[-1], kind=Kind.DIVISION)
+    return found
+
+
+def _is_right_undivided(pool: Pool, layout: Layout) -> bool:
+    """Whether the layout is right where each data rank keeps and updates everything."""
+    measured = pool.call(layout.ranks, "measure", replace(layout, zero=0, zero_engine="none"))
+    return _is_right(measured, _worst_of_ranks(measured))
 
 
 def _told(error: CallError | CallTimeoutError) -> str:

@@ -1,6 +1,6 @@
 """What can be verified: a model that can be built on any mesh and trained there, step by step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -29,8 +29,12 @@ class Run(Protocol):
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules by their names in the plain model that take and give what they do there."""
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter, Sharding | None]]:
-        """The parameters by their global names."""
+    def parameters(self) -> Iterator[tuple[str, Tensor, Sharding | None]]:
+        """The parameters by their global names; where data ranks divide them, put together from all. A collective call
+        of the data axis."""
+
+    def replace_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from these values of the parameters that they name, in the shapes that `parameters` gives."""
 
     def output(self) -> Tensor | None:
         """What the model makes of this rank's rows of the first batch; None on ranks that do not hold its end."""
@@ -38,8 +42,8 @@ class Run(Protocol):
     def step(self, number: int) -> tuple[float, float]:
         """Train one step, numbered from 0; loss and gradient norm."""
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The last step's whole gradient, before clipping, of this rank's part of a parameter."""
+    def gradients(self) -> dict[str, Tensor]:
+        """The last step's gradients of what `parameters` gives, before clipping. A collective call of the data axis."""
 
 
 class Subject(Protocol):

@@ -1,3 +1,4 @@
+from .direct import KeptMemory as KeptMemory
 from .entry import Entry as Entry
 from .entry import FlatPart as FlatPart
 from .errors import CheckpointError as CheckpointError

@@ -7,13 +7,15 @@ import errno
 import os
 import shutil
 import stat
-import zlib
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
+
+from weft.parallel.checkpoint.direct import leave_cache, past_cache, read_chunks
 
 WORK_SUFFIX = ".part"
 OLD_SUFFIX = ".old"
 TRASH_SUFFIX = ".trash"
-CHUNK = 2**20
 
 
 def work_directory(directory: Path) -> Path:
@@ -66,7 +68,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write all of it; one `os.write` may write less, 2 GiB at most on Linux."""
     left = memoryview(data)
     while left:
-        left = left[os.write(descriptor, left) :]
+        left = left[past_cache(os.write, descriptor, left) :]
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -134,18 +136,18 @@ def read_into(descriptor: int, target: bytearray | memoryview, begin: int) -> No
 
 
 def checksum_of(path: Path, *, from_disk: bool = False) -> int:
-    """The CRC-32 of a file, read in chunks; `from_disk` leaves out what the system still holds of it in memory.
+    """The CRC-32 of a file; `from_disk` leaves out what the system still holds of it in memory.
 
     Raises:
         OSError: it cannot be read.
     """
     descriptor = open_regular(path)
     try:
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        checksum, chunk = 0, bytearray(CHUNK)
-        while count := os.readv(descriptor, [chunk]):
-            checksum = zlib.crc32(memoryview(chunk)[:count], checksum)
+        if from_disk:
+            leave_cache(descriptor)
+        checksum = 0
+        for chunk in read_chunks(descriptor):
+            checksum = crc32(chunk, checksum)
         return checksum
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from itertools import combinations, pairwise
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -73,13 +74,14 @@ class TensorRecord(_Record):
         """Why the pieces cannot be those of the tensor; None when they can."""
         if self.dtype not in ITEM_BYTES:
             return f"has the unknown dtype {self.dtype[:20]!r}"
-        full = whole(self.shape)
         for piece in self.pieces:
             if len(piece.offset) != len(self.shape) or len(piece.shape) != len(self.shape):
                 return f"has a piece of other dims in {piece.file}"
-            if piece.box.size and piece.box.overlap(full) != piece.box:
+            ends = (start + length for start, length in zip(piece.offset, piece.shape, strict=True))
+            size = prod(piece.shape)
+            if size and any(end > most for end, most in zip(ends, self.shape, strict=True)):
                 return f"has a piece beyond its shape in {piece.file}"
-            if piece.bytes != piece.box.size * ITEM_BYTES[self.dtype]:
+            if piece.bytes != size * ITEM_BYTES[self.dtype]:
                 return f"has a piece whose bytes are not those of its shape in {piece.file}"
             if piece.file not in files:
                 return f"has a piece in {piece.file}, which is not listed"

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.checkpoint.direct import KeptMemory
 from weft.parallel.checkpoint.entry import Entry, Piece, own_pieces
 from weft.parallel.checkpoint.errors import CheckpointError, SaveError
 from weft.parallel.checkpoint.files import publish, remove_strangers, work_directory, write_synced
 from weft.parallel.checkpoint.manifest import MANIFEST, manifest_text, read_manifest
-from weft.parallel.checkpoint.shard_file import write_shard
+from weft.parallel.checkpoint.shard_file import Shard, lay_out, write_shard
 
 _BACKGROUND_NICENESS = 10
 Part = dict[str, Any]
@@ -32,14 +32,17 @@ def save_checkpoint(directory: Path, entries: Iterable[Entry], metadata: Mapping
     Raises:
         SaveError: a file cannot be written; what was there before is untouched.
     """
-    Save(directory, entries, metadata, mesh, copy=False).finish()
+    Save(directory, entries, metadata, mesh).finish()
 
 
 class Save:
     """A checkpoint that a thread of each rank writes; nobody sees it before `finish` has put it in its place.
 
-    Making one communicates nothing. It copies what this rank writes, its share of the model and of the optimiser,
-    into host memory, so that training may go on at once; without `copy` the tensors must stay as they are till the end.
+    Making one communicates nothing.
+
+    Args:
+        memory: what this rank writes, its share of the model and of the optimiser, is copied there, and training may go
+            on at once. Without it the tensors must stay as they are till the end.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Save:
         metadata: Mapping[str, Any],
         mesh: DeviceMesh,
         *,
-        copy: bool = True,
+        memory: KeptMemory | None = None,
     ) -> None:
         self.directory = directory
         self._metadata = dict(metadata)
@@ -57,10 +60,9 @@ class Save:
         self._written: Part = {"files": {}, "tensors": {}}
         self._error: str | None = "the thread that writes it ended too early"
         self._device, self._rank = mesh.device_type, dist.get_rank()
-        pieces = own_pieces(list(entries), mesh)
-        if copy:
-            pieces = [piece._replace(view=_copy_to_host(piece.view)) for piece in pieces]
-        self._thread = threading.Thread(target=self._write, args=(pieces, copy), daemon=True)
+        shard = lay_out(own_pieces(list(entries), mesh))
+        image = None if memory is None else _image(shard, memory.take(sum(shard.sizes)))
+        self._thread = threading.Thread(target=self._write, args=(shard, image, memory), daemon=True)
         self._thread.start()
 
     def written(self, wait: float = 0.0) -> bool:
@@ -91,16 +93,19 @@ class Save:
         if outcome[0] is not None:
             raise SaveError(outcome[0])
 
-    def _write(self, pieces: Sequence[Piece], in_background: bool) -> None:
+    def _write(self, shard: Shard[Piece], image: memoryview | None, memory: KeptMemory | None) -> None:
         try:
-            if in_background and sys.platform == "linux":  # where a priority is a thread's own: training goes first
+            if image is not None and sys.platform == "linux":  # where a priority is a thread's own: training goes first
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
             self._work.mkdir(parents=True, exist_ok=True)
-            if pieces:
-                self._written = write_shard(self._work / f"rank-{self._rank:05d}.safetensors", pieces)
+            if shard.pieces:
+                self._written = write_shard(self._work / f"rank-{self._rank:05d}.safetensors", shard, image)
             self._error = None
         except Exception as error:  # of whatever kind: the ranks must not count a part that is not there
             self._error = _words(error)
+        finally:
+            if memory is not None and image is not None:
+                memory.give_back(image)
 
 
 def assemble(directory: Path, metadata: Mapping[str, Any], parts: Sequence[Part]) -> None:
@@ -130,8 +135,14 @@ def _assembled(directory: Path, metadata: Mapping[str, Any], parts: Sequence[tup
     return error
 
 
-def _copy_to_host(view: Tensor) -> Tensor:
-    return torch.empty(view.shape, dtype=view.dtype).copy_(view)
+def _image(shard: Shard[Piece], memory: memoryview) -> memoryview:
+    """Copy the shard into memory of its size, as its file will have it."""
+    memory[: len(shard.header)] = shard.header
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    for piece, begin in zip(shard.pieces, shard.begins, strict=True):
+        part = everything[begin : begin + piece.bytes]
+        part.view(piece.dtype).view(piece.box.shape).copy_(piece.view)
+    return memory
 
 
 def _merge(parts: Iterable[Part]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,23 +1,25 @@
 """The file that a rank writes: safetensors, with the CRC-32 of every piece, read back from disk before it counts.
 
-The layout of a safetensors file is a length, a JSON header and the tensors' bytes. It is written here piece by piece,
-because the library wants the whole file in memory, and read by offset instead of through a memory map, in which a
-failing disk would kill the process.
+The layout of a safetensors file is a length, a JSON header and the tensors' bytes. It is written here from pieces, one
+by one or put together in memory before, because the library wants a copy of the whole file, and read by offset instead
+of through a memory map, in which a failing disk would kill the process.
 """
 
 import json
 import os
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32, crc32_combine
 
 from weft.parallel.checkpoint.boxes import Box
+from weft.parallel.checkpoint.direct import chunks_of, gathered, leave_cache
 from weft.parallel.checkpoint.errors import CheckpointError
 from weft.parallel.checkpoint.files import check_safetensors, checksum_of, create, open_regular, read_into, write_all
 from weft.parallel.checkpoint.manifest import ITEM_BYTES, Manifest, PieceRecord
@@ -44,31 +46,81 @@ class NamedPiece(Protocol):
         ...
 
 
-def write_shard(path: Path, pieces: Sequence[NamedPiece]) -> dict[str, Any]:
-    """Write the pieces, bring them to disk, and read them back; returns `files` and `tensors` as the manifest has them.
+PieceType = TypeVar("PieceType", bound=NamedPiece)
+
+
+class Shard(NamedTuple, Generic[PieceType]):
+    """What the file of a rank is to be: the header, and the pieces in this order."""
+
+    header: bytes
+    pieces: list[PieceType]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of the header and of each piece."""
+        return [len(self.header), *(_size(piece) for piece in self.pieces)]
+
+    @property
+    def begins(self) -> list[int]:
+        """Where in the file each piece begins."""
+        return list(accumulate(self.sizes))[:-1]
+
+
+def lay_out(pieces: Sequence[PieceType]) -> Shard[PieceType]:
+    """The file of these pieces; those of larger entries go first, so that every entry is aligned in it.
+
+    Raises:
+        ValueError: their dtype cannot be saved.
+    """
+    ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+    return Shard(_header(ordered), ordered)
+
+
+def write_shard(path: Path, shard: Shard[PieceType], image: memoryview | None = None) -> dict[str, Any]:
+    """Write a shard, bring it to disk, and read it back; returns `files` and `tensors` as the manifest has them.
+
+    Args:
+        image: the bytes of the whole file, from the beginning of a page on; without it the pieces are read one by one.
 
     Raises:
         OSError: the file cannot be written, or is not on disk what was written.
     """
-    header, begins = _header(pieces)
-    tensors: dict[str, Any] = {}
-    descriptor = create(path)
-    try:
-        write_all(descriptor, header)
-        checksum = zlib.crc32(header)
-        for piece, begin in zip(pieces, begins, strict=True):
-            data = _bytes_of(piece.read())
-            write_all(descriptor, data)
-            checksum = zlib.crc32(data, checksum)
-            record = _record(piece, path.name, begin, zlib.crc32(data))
-            tensors.setdefault(piece.name, _description(piece))["pieces"].append(record)
-        os.fsync(descriptor)
-        size = os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
+    checksums: list[int] = []  # of the header and of each piece: the file's own follows from them
+    if image is None:
+        parts = chain([memoryview(shard.header)], (_bytes_of(piece.read()) for piece in shard.pieces))
+        _write(path, gathered(_summed(parts, checksums)))
+    else:
+        checksums = [
+            crc32(image[end - size : end]) for end, size in zip(accumulate(shard.sizes), shard.sizes, strict=True)
+        ]
+        _write(path, chunks_of(image))
+    checksum = 0
+    for own, size in zip(checksums, shard.sizes, strict=True):
+        checksum = crc32_combine(checksum, own, size)
     if checksum_of(path, from_disk=True) != checksum:
         raise OSError(f"{path.name} is not on disk what was written")
-    return {"files": {path.name: {"bytes": size, "crc32": f"{checksum:08x}"}}, "tensors": tensors}
+    tensors: dict[str, Any] = {}
+    for piece, begin, own in zip(shard.pieces, shard.begins, checksums[1:], strict=True):
+        tensors.setdefault(piece.name, _description(piece))["pieces"].append(_record(piece, path.name, begin, own))
+    return {"files": {path.name: {"bytes": sum(shard.sizes), "crc32": f"{checksum:08x}"}}, "tensors": tensors}
+
+
+def _write(path: Path, chunks: Iterable[memoryview]) -> None:
+    descriptor = create(path)
+    try:
+        leave_cache(descriptor)
+        for chunk in chunks:
+            write_all(descriptor, chunk)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _summed(parts: Iterable[memoryview], checksums: list[int]) -> Iterator[memoryview]:
+    """The parts, whose checksums are put down as they pass."""
+    for part in parts:
+        checksums.append(crc32(part))
+        yield part
 
 
 class PieceReader:
@@ -100,7 +152,7 @@ class PieceReader:
                 f"{path} cannot be read ({error.strerror or error}); choose another checkpoint"
             ) from None
         self.bytes_read += len(data)
-        if f"{zlib.crc32(data):08x}" != piece.crc32:
+        if f"{crc32(data):08x}" != piece.crc32:
             raise CheckpointError(
                 f"{path} is damaged: the checksum of {tensor} is not the manifest's; choose another checkpoint"
             )
@@ -132,20 +184,18 @@ class PieceReader:
         self.close()
 
 
-def _header(pieces: Sequence[NamedPiece]) -> tuple[bytes, list[int]]:
-    """The beginning of the file, and where in the file each piece begins."""
+def _header(pieces: Sequence[NamedPiece]) -> bytes:
+    """The beginning of the file."""
     entries: dict[str, Any] = {}
     offset = 0
     for key, piece in zip(_keys(pieces), pieces, strict=True):
-        end = offset + piece.box.size * piece.dtype.itemsize
+        end = offset + _size(piece)
         dtype = _SAFETENSORS_DTYPES[_name(piece.dtype)]
         entries[key] = {"dtype": dtype, "shape": piece.box.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    begins = [start + entry["data_offsets"][0] for entry in entries.values()]
-    return len(text).to_bytes(8, "little") + text, begins
+    return len(text).to_bytes(8, "little") + text
 
 
 def _keys(pieces: Sequence[NamedPiece]) -> Iterator[str]:
@@ -160,7 +210,7 @@ def _record(piece: NamedPiece, file: str, begin: int, checksum: int) -> dict[str
     return {
         "file": file,
         "begin": begin,
-        "bytes": piece.box.size * piece.dtype.itemsize,
+        "bytes": _size(piece),
         "offset": list(piece.box.offset),
         "shape": list(piece.box.shape),
         "crc32": f"{checksum:08x}",
@@ -169,6 +219,11 @@ def _record(piece: NamedPiece, file: str, begin: int, checksum: int) -> dict[str
 
 def _description(piece: NamedPiece) -> dict[str, Any]:
     return {"shape": list(piece.full_shape), "dtype": _name(piece.dtype), "pieces": []}
+
+
+def _size(piece: NamedPiece) -> int:
+    """Of a piece, in bytes."""
+    return piece.box.size * piece.dtype.itemsize
 
 
 def _name(dtype: torch.dtype) -> str:

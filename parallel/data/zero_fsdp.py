@@ -4,6 +4,7 @@
 tensors, so it composes with tensor parallelism, and with pipelines: each microbatch gathers the stage's blocks anew.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,6 +24,9 @@ from weft.parallel.data.replicas import (
 )
 from weft.parallel.exchange import start_all_gather
 from weft.parallel.pipeline.stage import PipelineStage
+
+# Nothing writes into what a stage returns.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 class FullyShardedReplicas(Replicas):

@@ -1,12 +1,28 @@
 """Proves a schedule before it runs: complete, ordered, free of deadlock, and how much each rank must hold."""
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise, repeat
 
-from weft.parallel.pipeline.plan import plan_rank
-from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, Value, describe, gives, needs, traffic
+from weft.parallel.pipeline.plan import post_times
+from weft.parallel.pipeline.table import (
+    ABSENT,
+    KINDS,
+    Action,
+    Schedule,
+    ScheduleError,
+    Use,
+    Value,
+    describe,
+    gives,
+    lanes,
+    needs,
+    transfers,
+    uses,
+    without_collector,
+)
 
 
 @dataclass(frozen=True)
@@ -22,24 +38,30 @@ class ScheduleFacts:
     messages: list[int]
 
 
+@without_collector()
 def check_schedule(schedule: Schedule) -> ScheduleFacts:
     """Prove that `schedule` computes everything once, in an order that works, and can never hang.
 
-    The proof runs the very plan that the executor follows, with sends that are buffered nowhere: a transfer happens
-    when the receiver has posted it, and the values from one rank to another pass one by one in the order in which they
-    are produced. It assumes a channel of its own for each direction between two ranks, as gloo has it.
+    The proof needs no buffers: a transfer happens when the receiver has posted it, and the values from one rank to
+    another pass one by one in the order in which they are produced. There is an order of all actions in which every
+    value exists before it is needed; sends block nobody; and by the rule that the executor follows, each receive is
+    posted in the order of the sends and before the action that needs it. So every action finds its values. This
+    assumes a channel of its own for each direction between two ranks, as gloo has it.
 
     Raises:
         ScheduleError: names the rank, the action and what it lacks.
     """
     _check_placement(schedule)
     _check_complete(schedule)
-    _check_order(schedule)
-    _check_rendezvous(schedule)
+    used = uses(schedule)
+    _check_order(schedule, used)
     messages = [0] * schedule.ranks
-    for (source, _), transfers in traffic(schedule).items():
-        messages[source] += len(transfers)
+    for (source, destination), lane in lanes(used).items():
+        messages[source] += _check_receives(source, destination, lane)
     return ScheduleFacts(peak_activations(schedule.programs), messages)
+
+
+_WHOLE, _SPLIT = {(True, True, False, False)}, {(True, False, True, True)}  # which of F, B, I and W there are
 
 
 def peak_activations(programs: Sequence[Sequence[Action]]) -> list[int]:
@@ -57,23 +79,27 @@ def peak_activations(programs: Sequence[Sequence[Action]]) -> list[int]:
 
 def _check_placement(schedule: Schedule) -> None:
     for rank, program in enumerate(schedule.programs):
-        for action in program:
-            if action.stage >= schedule.stages or schedule.placement[action.stage] != rank:
-                raise ScheduleError(f"rank {rank}: {action} stands here, but its stage is not placed here")
+        own = set(schedule.stages_of(rank))
+        if not {action.stage for action in program} <= own:
+            stray = next(action for action in program if action.stage not in own)
+            raise ScheduleError(f"rank {rank}: {stray} stands here, but its stage is not placed here")
 
 
 def _check_complete(schedule: Schedule) -> None:
     """Exactly one F, and exactly one B or exactly one I and one W, for each stage and microbatch."""
     for rank, program in enumerate(schedule.programs):
-        for action, count in Counter(program).items():
-            if count > 1:
-                raise ScheduleError(f"rank {rank}: {action} stands {count} times in the program; leave it once")
+        columns = [of_stages[stage] for of_stages in schedule.places.values() for stage in schedule.stages_of(rank)]
+        if sum(len(column) - column.count(ABSENT) for column in columns) < len(program):
+            action, count = Counter(program).most_common(1)[0]
+            raise ScheduleError(f"rank {rank}: {action} stands {count} times in the program; leave it once")
+    allowed = {(True, False, False, False)} if schedule.forward_only else _WHOLE | _SPLIT
     for stage, rank in enumerate(schedule.placement):
-        present = {action for action in schedule.programs[rank] if action.stage == stage}
-        for microbatch in range(schedule.microbatches):
-            kinds = "".join(kind for kind in "FBIW" if Action(kind, stage, microbatch) in present)
-            if kinds not in (("F",) if schedule.forward_only else ("FB", "FIW")):
-                raise ScheduleError(f"rank {rank}: {_incomplete(kinds, stage, microbatch)}")
+        columns = [schedule.places[kind][stage] for kind in "FBIW"]
+        present = list(zip(*([place != ABSENT for place in column] for column in columns), strict=True))
+        if not set(present) <= allowed:
+            microbatch = next(index for index, kinds in enumerate(present) if kinds not in allowed)
+            kinds = "".join(kind for kind, stands in zip("FBIW", present[microbatch], strict=True) if stands)
+            raise ScheduleError(f"rank {rank}: {_incomplete(kinds, stage, microbatch)}")
 
 
 def _incomplete(kinds: str, stage: int, microbatch: int) -> str:
@@ -88,18 +114,16 @@ def _incomplete(kinds: str, stage: int, microbatch: int) -> str:
     return f"{named(missing)} is missing: the backward of microbatch {microbatch} on stage {stage} is incomplete"
 
 
-def _check_order(schedule: Schedule) -> None:
+def _check_order(schedule: Schedule, used: Iterable[Use]) -> None:
     """Run every program as far as its needs allow; whatever is left can never run."""
-    blocks = [list(schedule.blocks(rank)) for rank in range(schedule.ranks)]
-    done: set[Value] = set()
-    position = _advance_all(blocks, schedule, done)
+    reached = _run(schedule, used)
     waits = []
-    for rank, of_rank in enumerate(blocks):
-        if position[rank] == len(of_rank):
+    for rank, program in enumerate(schedule.programs):
+        if reached[rank] == len(program):
             continue
-        block, *later = of_rank[position[rank] :]
-        action, value = _first_lack(block, schedule, done) or (block[0], gives(block[0], schedule)[0])
-        giver = next((other for other_block in later for other in other_block if value in gives(other, schedule)), None)
+        block, *later = _blocks_from(schedule, rank, reached[rank])
+        action, value = _first_lack(block, schedule, reached)
+        giver = next((other for after in later for other in after if value in gives(other, schedule)), None)
         if giver is not None:
             raise ScheduleError(f"rank {rank}: {action} comes before {giver}, whose result it needs")
         waits.append(f"rank {rank}: {action} waits for {describe(value)} from rank {schedule.placement[value.stage]}")
@@ -107,69 +131,79 @@ def _check_order(schedule: Schedule) -> None:
         raise ScheduleError("deadlock: " + "; ".join(waits))
 
 
-def _advance_all(blocks: list[list[tuple[Action, ...]]], schedule: Schedule, done: set[Value]) -> list[int]:
-    """Move each rank as far as values allow, visiting a rank again only when what it waited for has come."""
-    position = [0] * len(blocks)
-    waiting: dict[Value, int] = {}
-    ready = list(range(len(blocks)))
-    while ready:
-        rank = ready.pop()
-        while position[rank] < len(blocks[rank]):
-            block = blocks[rank][position[rank]]
-            lack = _first_lack(block, schedule, done)
-            if lack is not None:
-                waiting[lack[1]] = rank
-                break
-            for value in (value for action in block for value in gives(action, schedule)):
-                done.add(value)
-                if value in waiting:
-                    ready.append(waiting.pop(value))
-            position[rank] += 1
-    return position
-
-
-def _first_lack(block: tuple[Action, ...], schedule: Schedule, done: set[Value]) -> tuple[Action, Value] | None:
-    """The first action of a block that cannot run, and the value that it lacks."""
-    lacks = ((action, value) for action in block for value in needs(action, schedule) if value not in done)
-    return next(lacks, None)
-
-
-def _check_rendezvous(schedule: Schedule) -> None:
-    """Run the plans of all ranks with sends that are buffered nowhere.
-
-    Each directed pair of ranks is a queue of its own: its k-th transfer happens when the source has produced the k-th
-    value, the destination has posted the k-th receive, and the transfer before has happened. Computation waits for
-    receives, never for sends.
-    """
-    lanes = traffic(schedule)
-    rank_plans = [plan_rank(schedule, rank, lanes) for rank in range(schedule.ranks)]
-    plans = [plan.actions for plan in rank_plans]
-    place = {(lane, transfer.value): index for lane in lanes for index, transfer in enumerate(lanes[lane])}
-    sent = dict.fromkeys(lanes, 0)
-    posted = {(peer, rank): count for rank, plan in enumerate(rank_plans) for peer, count in plan.first}
-    position = [0] * schedule.ranks
+def _run(schedule: Schedule, used: Iterable[Use]) -> list[int]:
+    """For each rank the index of the block that it cannot run, or the length of its program."""
+    reached = [0] * schedule.ranks
     ready = list(range(schedule.ranks))
+    waiting: list[list[int]] = [[] for _ in ready]  # per rank, the ranks that wait until it has come further
+    of_rank: list[list[Use]] = [[] for _ in ready]
+    for use in used:
+        of_rank[use.destination].append(use)
+
+    def advance(rank: int) -> Iterator[None]:
+        for needed_by, source, produced_by in _waits(schedule, rank, of_rank[rank]):
+            if reached[source] <= produced_by:
+                come_to(rank, needed_by)
+                while reached[source] <= produced_by:
+                    waiting[source].append(rank)
+                    yield
+        come_to(rank, len(schedule.programs[rank]))
+
+    def come_to(rank: int, index: int) -> None:
+        reached[rank] = index
+        ready.extend(waiting[rank])
+        waiting[rank].clear()
+
+    runs = [advance(rank) for rank in ready]
     while ready:
-        rank = ready.pop()
-        while position[rank] < len(plans[rank]):
-            planned = plans[rank][position[rank]]
-            received = [(value, (source, rank)) for value, source in planned.takes if source is not None]
-            if any(place[lane, value] >= min(sent[lane], posted[lane]) for value, lane in received):
-                break
-            for peer, count in planned.post:
-                posted[peer, rank] += count
-            for _, peer in planned.destinations:
-                sent[rank, peer] += 1
-                ready.append(peer)
-            position[rank] += 1
-    for rank, plan in enumerate(plans):
-        if position[rank] < len(plan):
-            waits = " and ".join(describe(value) for value, source in plan[position[rank]].takes if source is not None)
-            raise ScheduleError(
-                f"deadlock: rank {rank}: {plan[position[rank]].action} waits for {waits}, whose transfer never happens"
-            )
-    for (source, destination), count in posted.items():
-        if count != sent[source, destination]:
-            raise ScheduleError(
-                f"rank {destination} takes {count} of {sent[source, destination]} sends of rank {source}"
-            )
+        next(runs[ready.pop()], None)
+    return reached
+
+
+def _waits(schedule: Schedule, rank: int, used: Iterable[Use]) -> Iterable[tuple[int, int, int]]:
+    """(index of the block that needs a value, rank that gives it, index there), in the order of the program.
+
+    Of what the rank gives itself, only what comes too late.
+    """
+    start = _block_starts(schedule, rank)
+    waits: list[tuple[int, int, int]] = []
+    for use in used:
+        needed_by = [start.get(index, index) for index in use.needed_by] if start else use.needed_by
+        pairs = zip(needed_by, repeat(use.source), use.produced_by)
+        waits += [wait for wait in pairs if wait[0] != ABSENT and (use.source != rank or wait[0] <= wait[2])]
+    return zip(*(array("i", column) for column in zip(*sorted(waits), strict=True)), strict=True)
+
+
+def _block_starts(schedule: Schedule, rank: int) -> dict[int, int]:
+    """For the second action of each overlapped pair, the index of the first."""
+    if not schedule.overlapped:
+        return {}
+    ends = accumulate(map(len, schedule.blocks(rank)))
+    return {end - 1: end - len(block) for block, end in zip(schedule.blocks(rank), ends, strict=True) if len(block) > 1}
+
+
+def _blocks_from(schedule: Schedule, rank: int, index: int) -> list[tuple[Action, ...]]:
+    blocks = list(schedule.blocks(rank))
+    ends = accumulate(map(len, blocks))
+    return [block for block, end in zip(blocks, ends, strict=True) if end > index]
+
+
+def _first_lack(block: tuple[Action, ...], schedule: Schedule, reached: Sequence[int]) -> tuple[Action, Value]:
+    """The first action of a block that cannot run, and the value that it lacks."""
+
+    def exists(value: Value) -> bool:
+        givers = (Action(kind, value.stage, value.microbatch) for kind in KINDS)
+        places = [schedule.places[g.kind][g.stage][g.microbatch] for g in givers if value in gives(g, schedule)]
+        return min(places) < reached[schedule.placement[value.stage]]
+
+    return next((action, value) for action in block for value in needs(action, schedule) if not exists(value))
+
+
+def _check_receives(source: int, destination: int, lane: Iterable[Use]) -> int:
+    """Each receive is posted in the order of the sends, and before the action that needs it; how many there are."""
+    values = transfers(lane)
+    posted = post_times(values)
+    in_order = all(sooner <= later for sooner, later in pairwise(posted))
+    if not in_order or any(at >= transfer.needed_by for at, transfer in zip(posted, values, strict=True)):
+        raise ScheduleError(f"rank {destination} does not post its receives from rank {source} in time and in order")
+    return len(values)

@@ -19,6 +19,8 @@ Colour = tuple[int, int, int]
 HUES: dict[str, Colour] = {"F": (49, 104, 173), "B": (34, 125, 81), "I": (0, 140, 150), "W": (208, 135, 29)}
 PICTURE_SUFFIXES = (".svg", ".png")
 MOST_BOXES = 200_000
+MOST_LINES = 64  # ranks that are drawn as text
+MOST_PEAKS = 8  # runs of ranks in a caption
 
 
 def draw_timeline(timeline: Timeline, path: str | Path, *, title: str) -> None:
@@ -38,7 +40,8 @@ def draw_timeline(timeline: Timeline, path: str | Path, *, title: str) -> None:
 
 def caption(timeline: Timeline, title: str) -> str:
     """Name, length, bubble, and the activations that ranks hold at most, in one line."""
-    peaks = ", ".join(f"{'–'.join(ranks)}: {peak}" for ranks, peak in _runs(peak_activations(timeline.programs)))
+    runs = [f"{'–'.join(ranks)}: {peak}" for ranks, peak in _runs(peak_activations(timeline.programs))]
+    peaks = ", ".join(runs if len(runs) <= MOST_PEAKS else [*runs[: MOST_PEAKS - 1], "…", runs[-1]])
     bubble = f"bubble {100 * timeline.bubble:.1f} %"
     return f"{title} · length {timeline.makespan:.6g} · {bubble} · peak activations by rank {peaks}"
 
@@ -75,17 +78,21 @@ def _ink(colour: Colour) -> Colour:
 
 
 def timeline_text(timeline: Timeline, *, title: str, width: int, colour: bool) -> str:
-    """One line per rank, `width` columns wide: boxes with their microbatch where it fits, blanks for bubbles."""
+    """One line per rank, `width` columns wide: boxes with their microbatch where it fits, blanks for bubbles.
+
+    Of more than `MOST_LINES` ranks the first and the last are drawn. A column holds one box, however many fall into it.
+    """
     margin = len(f"rank {timeline.ranks - 1} ")
     scale = _columns_per_unit(timeline, max(1, width - margin))
-    lines = [
-        f"rank {rank}".ljust(margin) + _line(timeline, rank, scale, colour=colour) for rank in range(timeline.ranks)
-    ]
-    kinds = [kind for kind in KINDS if any(action.kind == kind for program in timeline.programs for action in program)]
+    left_out = max(0, timeline.ranks - MOST_LINES)
+    drawn = [rank for rank in range(timeline.ranks) if not 0 <= rank - MOST_LINES // 2 < left_out]
+    lines = [f"rank {rank}".ljust(margin) + _line(timeline, rank, scale, colour=colour) for rank in drawn]
+    if left_out:
+        lines.insert(MOST_LINES // 2, f"… {left_out} ranks in between")
+    programs = [timeline.programs[rank] for rank in drawn]
+    kinds = [kind for kind in KINDS if any(action.kind == kind for program in programs for action in program)]
     legend = "  ".join(_paint(f" {kind} ", HUES[kind], colour=colour) + " " + KINDS[kind] for kind in kinds)
-    shading = (
-        "; a rank's later stages lighter" if colour and any(len(_stages(p)) > 1 for p in timeline.programs) else ""
-    )
+    shading = "; a rank's later stages lighter" if colour and any(len(_stages(p)) > 1 for p in programs) else ""
     return "\n".join([*lines, "", caption(timeline, title), legend + "  (numbers: microbatches" + shading + ")"])
 
 

@@ -23,7 +23,7 @@ from weft.parallel.pipeline.run import LossFunction, ProgramRun
 from weft.parallel.pipeline.schedules import forward_only
 from weft.parallel.pipeline.shared import SharedParameters
 from weft.parallel.pipeline.stage import PipelineStage
-from weft.parallel.pipeline.table import Action, Schedule, traffic
+from weft.parallel.pipeline.table import Action, Schedule, lanes, traffic, uses
 from weft.parallel.pipeline.timeline import Timeline
 from weft.parallel.pipeline.transport import Shapes, Transport
 from weft.parallel.records import RankRecord, open_record
@@ -118,11 +118,11 @@ class PipelineExecutor:
         self._clock = clock_of(device)
         record = record or open_record(os.environ)
         self._transport = Transport(open_channels(mesh, device, timeout), schedule, device, timeout, record)
-        self._transport.channels.open(traffic(schedule))
+        self._transport.channels.open(lanes(uses(schedule)))
         rank = self._transport.rank
-        self._plan = plan_rank(schedule, rank, traffic(schedule))
+        self._plan = plan_rank(schedule, rank, traffic(schedule, rank))
         self._forward_schedule = forward_only(schedule)
-        self._forward_plan = plan_rank(self._forward_schedule, rank, traffic(self._forward_schedule))
+        self._forward_plan = plan_rank(self._forward_schedule, rank, traffic(self._forward_schedule, rank))
         self._last_backwards = self._find_last_backwards(before_last_backward)
         holders = None if shared_stages is None else _ranks_of(schedule, shared_stages)
         self._shared = SharedParameters(stages, self._transport, holders)

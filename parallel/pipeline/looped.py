@@ -56,14 +56,14 @@ def alternate(forwards: list[Action], backwards: list[Action], *, warm_up: int) 
 
 def _alternating(name: str, ranks: int, microbatches: int, stages_per_rank: int, *, slope: int) -> Schedule:
     """Alternation on every rank; each rank warms up with `slope` forwards more than the rank after it."""
+    order = [
+        (chunk, first + offset)
+        for first in range(0, microbatches, ranks)
+        for chunk in range(stages_per_rank)
+        for offset in range(ranks)
+    ]
     programs = []
     for rank in range(ranks):
-        order = [
-            (chunk, first + offset)
-            for first in range(0, microbatches, ranks)
-            for chunk in range(stages_per_rank)
-            for offset in range(ranks)
-        ]
         forwards = [Action("F", chunk * ranks + rank, microbatch) for chunk, microbatch in order]
         backwards = [
             Action("B", (stages_per_rank - 1 - chunk) * ranks + rank, microbatch) for chunk, microbatch in order

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from weft.parallel.pipeline.table import Action, Schedule, Transfer, Value, gives, needs
+from weft.parallel.pipeline.table import Action, Schedule, Transfer, Value, needs
 
 
 @dataclass
@@ -61,17 +61,17 @@ def plan_rank(schedule: Schedule, rank: int, lanes: Lanes) -> RankPlan:
                 planned.takes.append((value, holder if holder != rank else None))
     first: list[tuple[int, int]] = []
     for peer, lane in incoming.items():
-        for at, count in sorted(Counter(_post_times(lane)).items()):
+        for at, count in sorted(Counter(post_times(lane)).items()):
             (plan[at].post if at >= 0 else first).append((peer, count))
     for peer, lane in outgoing.items():
         for transfer in lane:
             plan[transfer.produced_by].destinations.append((transfer.value, peer))
-        _plan_releases(plan, peer, lane, schedule)
+        _plan_releases(plan, peer, lane, incoming.get(peer, []))
     values = {peer: [transfer.value for transfer in lane] for peer, lane in incoming.items()}
     return RankPlan(plan, first, values, sorted(outgoing))
 
 
-def _post_times(lane: list[Transfer]) -> list[int]:
+def post_times(lane: list[Transfer]) -> list[int]:
     """For each receive, the action during which it is posted; -1 is before the first.
 
     A value begins to travel when its receive is posted. Posted as soon as the value before it of the same boundary has
@@ -86,10 +86,9 @@ def _post_times(lane: list[Transfer]) -> list[int]:
     return [*accumulate(reversed(wanted), min)][::-1]
 
 
-def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], schedule: Schedule) -> None:
+def _plan_releases(plan: list[Planned], peer: int, lane: list[Transfer], back: list[Transfer]) -> None:
     """A value from `peer` proves that `peer` has taken all that its program used before it made that value."""
-    program = schedule.programs[peer]
-    made_at = {value: index for index, action in enumerate(program) for value in gives(action, schedule)}
+    made_at = {value: index for value, index, _ in back}
     released = 0
     for index, planned in enumerate(plan):
         horizon = max((made_at[value] for value, source in planned.takes if source == peer), default=-1)

@@ -1,6 +1,7 @@
 """The schedules by name. Each is a pure function of sizes that fills a table; nothing else knows how it was filled."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 
 from weft.parallel.pipeline.looped import (
@@ -10,10 +11,11 @@ from weft.parallel.pipeline.looped import (
     zero_bubble_h1,
     zero_bubble_h2,
 )
-from weft.parallel.pipeline.table import Schedule, ScheduleError
+from weft.parallel.pipeline.table import Schedule, ScheduleError, without_collector
 from weft.parallel.pipeline.vee import dualpipe_v, v_half, zero_bubble_v
 
 
+@without_collector()
 def build_schedule(name: str, ranks: int, microbatches: int, stages_per_rank: int = 1) -> Schedule:
     """Fill the table of the schedule called `name`.
 
@@ -39,12 +41,12 @@ def build_schedule(name: str, ranks: int, microbatches: int, stages_per_rank: in
 
 def gpipe(ranks: int, microbatches: int) -> Schedule:
     """All forwards, then all backwards (Huang et al. 2019, arXiv:1811.06965). Holds every microbatch's activations."""
-    return Schedule("gpipe", looped_bfs(ranks, microbatches, 1).programs)
+    return replace(looped_bfs(ranks, microbatches, 1), name="gpipe")
 
 
 def one_forward_one_backward(ranks: int, microbatches: int) -> Schedule:
     """1F1B (Narayanan et al. 2019, PipeDream-Flush): gpipe's bubble with at most `ranks - rank` activations held."""
-    return Schedule("1f1b", interleaved(ranks, microbatches, 1).programs)
+    return replace(interleaved(ranks, microbatches, 1), name="1f1b")
 
 
 def forward_only(schedule: Schedule) -> Schedule:

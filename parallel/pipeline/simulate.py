@@ -1,9 +1,11 @@
 """Times a schedule without running it: every action starts as early as its rank and its needs allow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from weft.parallel.pipeline.table import GIVES, NEEDS, Action, Schedule, ScheduleError, gives, needs
+from weft.parallel.pipeline.table import KINDS, Action, Schedule, ScheduleError, gives, needs, without_collector
 from weft.parallel.pipeline.timeline import Timeline
 
 UNKNOWN = float("inf")
@@ -76,6 +78,7 @@ def _per_stage(name: str, cost: float | Sequence[float], stages: int) -> list[fl
     return costs
 
 
+@without_collector()
 def simulate_schedule(schedule: Schedule, costs: ScheduleCosts | None = None) -> Timeline:
     """Run every program as early as its needs allow.
 
@@ -85,12 +88,11 @@ def simulate_schedule(schedule: Schedule, costs: ScheduleCosts | None = None) ->
     return _Simulation(schedule, costs or ScheduleCosts()).run()
 
 
-class _Slots:
-    """When one value of one stage exists, per microbatch, and the rank that waits for it."""
+class _Slots(NamedTuple):
+    """When one value of one stage exists, and which rank waits for it, by microbatch."""
 
-    def __init__(self, microbatches: int) -> None:
-        self.times = [UNKNOWN] * microbatches
-        self.waiting: list[int | None] = [None] * microbatches
+    times: "array[float]"
+    waiting: dict[int, int]
 
 
 class _Queue:
@@ -107,102 +109,122 @@ class _Queue:
         return self._free + self._latency
 
 
-class _Simulation:
-    """Ranks run until they lack a value, and are woken by whoever gives it.
+Need = tuple["array[float]", float, dict[int, int]]  # times of a value, how long it takes to arrive, who waits for it
+Gift = tuple["array[float]", _Queue | None, dict[int, int]]  # times of a value, the queue before it, who waits for it
+Duty = tuple[list[Need], float, list[Gift], float]  # needs, cost, gifts, and how long the sends hold the rank
 
-    Values are kept in lists by name, stage and microbatch, and the table of needs is spelled out per stage beforehand:
-    a pipeline of a thousand ranks and thousands of microbatches has tens of millions of values.
+
+class Duties:
+    """What the actions of a kind on a stage need, cost and give, spelled out beforehand: `of[kind][stage]`.
+
+    Times are kept by name, stage and microbatch: a pipeline of a thousand ranks and thousands of microbatches has tens
+    of millions of values, and all microbatches of a stage wait for the same ones. Hence arrays, and plain tuples, which
+    Python unpacks fastest.
     """
 
     def __init__(self, schedule: Schedule, costs: ScheduleCosts) -> None:
         self._schedule = schedule
         self._costs = costs
-        self._action_costs = costs.of_stages(schedule.stages)
         self._slots: dict[tuple[str, int], _Slots] = {}
         self._users: dict[tuple[str, int], set[int]] = {}
         self._queues: dict[tuple[int, int], _Queue] = {}
         self._arrivals: dict[tuple[str, int], dict[int, tuple[_Slots, _Queue]]] = {}
-        self._needed = {kind: [self._needed_by(kind, s) for s in range(schedule.stages)] for kind in NEEDS}
-        self._given = {kind: [self._given_by(kind, s) for s in range(schedule.stages)] for kind in GIVES}
-        self._sending = {kind: [self._sending_after(kind, s) for s in range(schedule.stages)] for kind in GIVES}
-        self._blocks = [schedule.blocks(rank) for rank in range(schedule.ranks)]
-        self._current = [next(blocks, None) for blocks in self._blocks]
-        self._clocks = [0.0] * schedule.ranks
-        self._starts: list[list[float]] = [[] for _ in schedule.programs]
-        self._ends: list[list[float]] = [[] for _ in schedule.programs]
+        stages = range(schedule.stages)
+        cost = costs.of_stages(schedule.stages)
+        needed = {kind: [self._needed_by(kind, stage) for stage in stages] for kind in KINDS}
+        self.of: dict[str, list[Duty]] = {
+            kind: [
+                (needed[kind][stage], cost[kind][stage], self._given_by(kind, stage), self._sending_after(kind, stage))
+                for stage in stages
+            ]
+            for kind in KINDS
+        }
 
-    def run(self) -> Timeline:
-        ready = list(range(self._schedule.ranks))
-        while ready:
-            self._advance(ready.pop(), ready)
-        for rank, block in enumerate(self._current):
-            if block is not None:
-                raise ScheduleError(f"deadlock: rank {rank} waits at {block[0]} for ever")
-        return Timeline(self._schedule.programs, self._starts, self._ends)
-
-    def _advance(self, rank: int, ready: list[int]) -> None:
-        block = self._current[rank]
-        clock = self._clocks[rank]
-        starts, ends = self._starts[rank], self._ends[rank]
-        while block is not None:
-            start = clock
-            for kind, stage, microbatch in block:
-                for slots, delay in self._needed[kind][stage]:
-                    time = slots.times[microbatch] + delay
-                    if time > start:
-                        if time == UNKNOWN:
-                            slots.waiting[microbatch] = rank
-                            self._current[rank], self._clocks[rank] = block, clock
-                            return
-                        start = time
-            clock = start
-            for kind, stage, _ in block:
-                starts.append(clock)
-                clock += self._action_costs[kind][stage]
-                ends.append(clock)
-            end = clock
-            for kind, stage, microbatch in block:
-                for slots, queue in self._given[kind][stage]:
-                    slots.times[microbatch] = end if queue is None else queue.arrival(end)
-                    if (waiting := slots.waiting[microbatch]) is not None:
-                        ready.append(waiting)
-                clock += self._sending[kind][stage]
-            block = next(self._blocks[rank], None)
-        self._current[rank] = None
-
-    def _needed_by(self, kind: str, stage: int) -> list[tuple[_Slots, float]]:
-        """The values that an action needs, and how long they take to arrive once they are in their slots."""
+    def _needed_by(self, kind: str, stage: int) -> list[Need]:
         ways = []
         for name, holder, _ in needs(Action(kind, stage, 0), self._schedule):
             self._users.setdefault((name, holder), set()).add(stage)
-            ways.append(self._way(name, holder, self._schedule.placement[stage]))
+            (times, waiting), delay = self._way(name, holder, self._schedule.placement[stage])
+            ways.append((times, delay, waiting))
         return ways
 
     def _way(self, name: str, stage: int, user: int) -> tuple[_Slots, float]:
         """Slots of a value for a rank that uses it: those of the value itself, or its arrivals through a queue."""
         holder = self._schedule.placement[stage]
-        itself = self._slots.setdefault((name, stage), _Slots(self._schedule.microbatches))
+        itself = self._slots.setdefault((name, stage), self._new_slots())
         link = self._costs.link_between(holder, user)
         if not link.queues or not self._costs.send_bytes / link.bandwidth:
             return itself, self._costs.send_between(holder, user)
         queue = self._queues.setdefault((holder, user), _Queue(link, self._costs.send_bytes))
         arrivals = self._arrivals.setdefault((name, stage), {})
-        slots, _ = arrivals.setdefault(user, (_Slots(self._schedule.microbatches), queue))
+        slots, _ = arrivals.setdefault(user, (self._new_slots(), queue))
         return slots, 0.0
 
-    def _given_by(self, kind: str, stage: int) -> list[tuple[_Slots, _Queue | None]]:
-        given: list[tuple[_Slots, _Queue | None]] = []
+    def _new_slots(self) -> _Slots:
+        return _Slots(array("d", [UNKNOWN]) * self._schedule.microbatches, {})
+
+    def _given_by(self, kind: str, stage: int) -> list[Gift]:
+        given: list[Gift] = []
         for name, *_ in gives(Action(kind, stage, 0), self._schedule):
             if (name, stage) in self._slots:
-                given.append((self._slots[name, stage], None))
-                given += self._arrivals.get((name, stage), {}).values()
+                times, waiting = self._slots[name, stage]
+                given.append((times, None, waiting))
+                arrivals = self._arrivals.get((name, stage), {}).values()
+                given += [(slots.times, queue, slots.waiting) for slots, queue in arrivals]
         return given
 
     def _sending_after(self, kind: str, stage: int) -> float:
-        """How long the sends after an action hold its rank."""
         if self._costs.overlap:
             return 0.0
         place = self._schedule.placement
         given = [name for name, *_ in gives(Action(kind, stage, 0), self._schedule)]
         users = {(name, user) for name in given for user in self._users.get((name, stage), ())}
         return sum(self._costs.send_between(place[stage], place[user]) for _, user in users)
+
+
+class _Simulation:
+    """Ranks run until they lack a value, and are woken by whoever gives it."""
+
+    def __init__(self, schedule: Schedule, costs: ScheduleCosts) -> None:
+        self._schedule = schedule
+        self._duties = Duties(schedule, costs).of
+        self._starts = [array("d") for _ in schedule.programs]
+        self._ends = [array("d") for _ in schedule.programs]
+        self._ready = list(range(schedule.ranks))
+
+    def run(self) -> Timeline:
+        ranks = [self._run_rank(rank) for rank in self._ready]
+        while self._ready:
+            next(ranks[self._ready.pop()], None)
+        for rank, program in enumerate(self._schedule.programs):
+            done = len(self._ends[rank])
+            if done < len(program):
+                raise ScheduleError(f"deadlock: rank {rank} waits at {program[done]} for ever")
+        return Timeline(self._schedule.programs, self._starts, self._ends)
+
+    def _run_rank(self, rank: int) -> Iterator[None]:
+        """Work off the program of `rank`; gives way whenever a value is not there yet."""
+        duties, wake = self._duties, self._ready.append
+        start_at, end_at = self._starts[rank].append, self._ends[rank].append
+        clock = 0.0
+        for block in self._schedule.blocks(rank):
+            for kind, stage, microbatch in block:
+                for times, delay, waiting in duties[kind][stage][0]:
+                    while (time := times[microbatch]) == UNKNOWN:
+                        waiting[microbatch] = rank
+                        yield
+                    time += delay
+                    if time > clock:
+                        clock = time
+            for kind, stage, _ in block:
+                start_at(clock)
+                clock += duties[kind][stage][1]
+                end_at(clock)
+            end = clock
+            for kind, stage, microbatch in block:
+                _, _, given, sending = duties[kind][stage]
+                for times, queue, waiting in given:
+                    times[microbatch] = end if queue is None else queue.arrival(end)
+                    if microbatch in waiting:
+                        wake(waiting.pop(microbatch))
+                clock += sending

@@ -1,14 +1,16 @@
 """Splits the backwards of a schedule, and fills its bubbles with the weight gradients."""
 
 import heapq
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import replace
-from math import inf
+from itertools import islice
 
-from weft.parallel.pipeline.simulate import ScheduleCosts
-from weft.parallel.pipeline.table import GIVES, Action, Schedule, ScheduleError, Value, gives, needs
+from weft.parallel.pipeline.simulate import UNKNOWN, Duties, ScheduleCosts
+from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, without_collector
 
 
+@without_collector()
 def split_backward(schedule: Schedule, *, name: str, limit: int, costs: ScheduleCosts | None = None) -> Schedule:
     """Replace each B of `schedule` by I in its place and by W later, where the rank would otherwise wait.
 
@@ -26,63 +28,97 @@ def split_backward(schedule: Schedule, *, name: str, limit: int, costs: Schedule
 
 
 class _Filling:
-    """Runs the ranks in time; a rank whose next action cannot start does a weight gradient instead."""
+    """Runs the ranks in time; a rank whose next action cannot start does a weight gradient instead.
+
+    Each rank is a generator with a clock of its own. It goes on by itself for as long as the times are known at which
+    its values come. Where one is not, and there is a weight gradient to do meanwhile, it waits in `_undecided` until
+    all ranks have come as far as its clock: a value that is not known then comes later.
+    """
 
     def __init__(self, schedule: Schedule, limit: int, costs: ScheduleCosts) -> None:
         self._skips = schedule.skips
         self._schedule = replace(schedule, skips={})  # they arrive before the neighbour's value that is waited for
         self._limit = limit
-        self._costs = costs
-        self._action_costs = costs.of_stages(schedule.stages)
-        self._orders = [
-            deque(Action("I" if kind == "B" else kind, stage, microbatch) for kind, stage, microbatch in program)
-            for program in schedule.programs
-        ]
+        sends = replace(costs, send=costs.send_between, send_bytes=0.0, overlap=True)  # of which none waits for another
+        self._duties = Duties(self._schedule, sends).of
+        self._weight_cost = costs.of_stages(schedule.stages)["W"]
         self._programs: list[list[Action]] = [[] for _ in schedule.programs]
-        self._postponed: list[deque[Action]] = [deque() for _ in schedule.programs]
-        self._held = [0] * schedule.ranks
-        self._free_at = [0.0] * schedule.ranks
-        self._known_at: dict[tuple[int, Value], float] = {}
-        self._events = [(0.0, rank) for rank in range(schedule.ranks)]
+        self._ready = list(range(schedule.ranks))
+        self._undecided: defaultdict[float, list[int]] = defaultdict(list)
+        self._times: list[float] = []
 
     def run(self, name: str) -> Schedule:
-        while self._events:
-            time, rank = heapq.heappop(self._events)
-            if self._free_at[rank] <= time:
-                action = self._choose(rank, time)
-                if action is not None:
-                    self._start(action, rank, time)
-        for rank, order in enumerate(self._orders):
-            if order:
+        ranks = [self._run_rank(rank) for rank in self._ready]
+        while self._ready or self._times:
+            if not self._ready:
+                self._ready += self._undecided.pop(heapq.heappop(self._times))
+            next(ranks[self._ready.pop()], None)
+        for rank, (order, program) in enumerate(zip(self._schedule.programs, self._programs, strict=True)):
+            done = sum(action.kind != "W" for action in program)
+            if done < len(order):
+                lacking = next(islice(self._order(rank), done, None))
                 raise ScheduleError(
-                    f"schedule {name}: rank {rank} cannot reach {order[0]} with {self._limit} activations"
+                    f"schedule {name}: rank {rank} cannot reach {lacking} with {self._limit} activations"
                 )
         return Schedule(name, self._programs, self._schedule.placement, skips=self._skips)
 
-    def _choose(self, rank: int, time: float) -> Action | None:
-        if self._orders[rank]:
-            action = self._orders[rank][0]
-            has_room = action.kind != "F" or self._held[rank] < self._limit
-            wanted = needs(action, self._schedule)
-            if has_room and all(self._known_at.get((rank, value), inf) <= time for value in wanted):
-                return self._orders[rank].popleft()
-        return self._postponed[rank].popleft() if self._postponed[rank] else None
+    def _order(self, rank: int) -> Iterator[Action]:
+        """The forwards and input gradients of `rank`."""
+        for action in self._schedule.programs[rank]:
+            kind, stage, microbatch = action
+            yield Action("I", stage, microbatch) if kind == "B" else action
 
-    def _start(self, action: Action, rank: int, time: float) -> None:
-        end = time + self._action_costs[action.kind][action.stage]
-        self._programs[rank].append(action)
-        self._free_at[rank] = end
-        heapq.heappush(self._events, (end, rank))
-        for user in {rank, *self._users(action)}:
-            arrival = end + self._costs.send_between(rank, user)
-            heapq.heappush(self._events, (arrival, user))
-            for value in gives(action, self._schedule):
-                self._known_at[user, value] = arrival
-        if action.kind == "I":
-            self._postponed[rank].append(action._replace(kind="W"))
-        self._held[rank] += {"F": 1, "I": 0, "W": -1}[action.kind]
+    def _run_rank(self, rank: int) -> Iterator[None]:
+        """Fill the program of `rank`; gives way when the time of a value has to be known."""
+        duties, wake, add = self._duties, self._ready.append, self._programs[rank].append
+        weight_cost = self._weight_cost
+        postponed: deque[Action] = deque()
+        room = self._limit
+        clock, settled = 0.0, -1.0
+        for action in self._order(rank):
+            kind, stage, microbatch = action
+            needed, cost, given, _ = duties[kind][stage]
+            while True:
+                arrival = clock
+                for times, delay, _ in needed:
+                    time = times[microbatch] + delay
+                    if time > arrival:
+                        arrival = time
+                has_room = room > 0 or kind != "F"
+                if has_room and arrival == clock:
+                    break
+                if postponed:
+                    if has_room and arrival == UNKNOWN and settled < clock:
+                        self._settle(rank, clock)
+                        settled = clock
+                        yield
+                        continue
+                    weight_gradient = postponed.popleft()
+                    add(weight_gradient)
+                    clock += weight_cost[weight_gradient.stage]
+                    room += 1
+                elif not has_room:
+                    return
+                elif arrival == UNKNOWN:
+                    next(waiting for times, _, waiting in needed if times[microbatch] == UNKNOWN)[microbatch] = rank
+                    yield
+                else:
+                    clock = arrival
+            add(action)
+            clock += cost
+            for times, _, waiting in given:
+                times[microbatch] = clock
+                if microbatch in waiting:
+                    wake(waiting.pop(microbatch))
+            if kind == "I":
+                postponed.append(Action("W", stage, microbatch))
+            else:
+                room -= 1
+        self._programs[rank] += postponed
 
-    def _users(self, action: Action) -> list[int]:
-        """The rank that may be waiting for what `action` gives."""
-        stage = action.stage + (1 if "act" in GIVES[action.kind] else -1)
-        return [self._schedule.placement[stage]] if 0 <= stage < self._schedule.stages else []
+    def _settle(self, rank: int, clock: float) -> None:
+        """Have `rank` go on once all others have come as far as `clock`."""
+        waiting = self._undecided[clock]
+        if not waiting:
+            heapq.heappush(self._times, clock)
+        waiting.append(rank)

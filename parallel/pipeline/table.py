@@ -5,18 +5,39 @@ remains when every action waits for the values that it needs. Checker, simulator
 `needs`, `gives` and `traffic` of this file and know nothing else about pipelines.
 """
 
+import gc
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
+ABSENT = 2**31 - 1  # the place of an action that a program does not have: after all others
 KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 class ScheduleError(ValueError):
     """A schedule that cannot be built, or that would compute the wrong thing or hang."""
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Pause Python's cycle collector, as a context or a decorator.
+
+    A large table is millions of tuples, none of which is part of a cycle. The collector would go over all of them again
+    whenever there are a quarter more, which takes longer than making them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Action(NamedTuple):
@@ -161,17 +182,29 @@ class Schedule:
         return 1 + max((action.microbatch for program in self.programs for action in program), default=-1)
 
     @cached_property
+    def places(self) -> dict[str, list["array[int]"]]:
+        """Where each action stands in the program of its rank: `places[kind][stage][microbatch]`, or `ABSENT`."""
+        absent = array("i", [ABSENT]) * self.microbatches
+        places = {kind: [absent[:] for _ in range(self.stages)] for kind in KINDS}
+        for program in self.programs:
+            for index, (kind, stage, microbatch) in enumerate(program):
+                places[kind][stage][microbatch] = index
+        return places
+
+    @cached_property
     def forward_only(self) -> bool:
         return all(action.kind == "F" for program in self.programs for action in program)
 
     def blocks(self, rank: int) -> Iterator[tuple[Action, ...]]:
         """The program of `rank` as blocks that start and end together: single actions, and overlapped pairs."""
-        actions = iter(self.programs[rank])
+        if not self.overlapped:
+            return zip(self.programs[rank], strict=True)
+        return self._blocks_with_pairs(self.programs[rank])
+
+    def _blocks_with_pairs(self, program: Iterable[Action]) -> Iterator[tuple[Action, ...]]:
+        actions = iter(program)
         for action in actions:
-            if action in self.overlapped:
-                yield (action, *islice(actions, 1))
-            else:
-                yield (action,)
+            yield (action, *islice(actions, 1)) if action in self.overlapped else (action,)
 
     def rank_of(self, stage: int) -> int:
         return self.placement[stage]
@@ -181,15 +214,16 @@ class Schedule:
         return [stage for stage, holder in enumerate(self.placement) if holder == rank]
 
 
-def _placement(name: str, programs: Sequence[Iterable[Action]]) -> tuple[int, ...]:
+def _placement(name: str, programs: Sequence[Sequence[Action]]) -> tuple[int, ...]:
     holders: dict[int, int] = {}
     for rank, program in enumerate(programs):
-        for action in program:
-            holder = holders.setdefault(action.stage, rank)
+        for stage in {action.stage for action in program}:
+            holder = holders.setdefault(stage, rank)
             if holder != rank:
+                action = next(action for action in program if holders.get(action.stage, rank) != rank)
                 raise ScheduleError(
                     f"schedule {name}: {action} is on rank {rank}, but stage {action.stage} is already on rank "
-                    f"{holder}; a stage lives on one rank"
+                    f"{holders[action.stage]}; a stage lives on one rank"
                 )
     stages = 1 + max(holders, default=-1)
     missing = [stage for stage in range(stages) if stage not in holders]
@@ -197,6 +231,45 @@ def _placement(name: str, programs: Sequence[Iterable[Action]]) -> tuple[int, ..
         what = f"stage {missing[0]} has no action on any rank" if missing else "there is no action at all"
         raise ScheduleError(f"schedule {name}: {what}; give every stage its actions")
     return tuple(holders[stage] for stage in range(stages))
+
+
+class Use(NamedTuple):
+    """A value of one stage and a rank that needs it, for all microbatches.
+
+    Attributes:
+        produced_by: index in the program of `source` of the action that gives the value, by microbatch.
+        needed_by: index in the program of `destination` of the first action that needs it; `ABSENT` if none does.
+    """
+
+    name: str
+    stage: int
+    source: int
+    destination: int
+    produced_by: Sequence[int]
+    needed_by: Sequence[int]
+
+
+def uses(schedule: Schedule) -> list[Use]:
+    """Every value with every rank that needs it, in the order in which an action gives several."""
+    givers: dict[tuple[str, int], list[array[int]]] = {}
+    users: dict[tuple[str, int], dict[int, list[array[int]]]] = {}
+    for kind, of_stages in schedule.places.items():
+        for stage, places in enumerate(of_stages):
+            if places.count(ABSENT) < len(places):
+                for name, *_ in gives(Action(kind, stage, 0), schedule):
+                    givers.setdefault((name, stage), []).append(places)
+                for name, holder, _ in needs(Action(kind, stage, 0), schedule):
+                    users.setdefault((name, holder), {}).setdefault(schedule.placement[stage], []).append(places)
+    return [
+        Use(name, stage, schedule.placement[stage], rank, _first(produced), _first(needed))
+        for (name, stage), produced in givers.items()
+        for rank, needed in users.get((name, stage), {}).items()
+    ]
+
+
+def _first(places: list["array[int]"]) -> Sequence[int]:
+    """The first of several places, by microbatch."""
+    return places[0] if len(places) == 1 else array("i", map(min, *places))
 
 
 class Transfer(NamedTuple):
@@ -207,20 +280,29 @@ class Transfer(NamedTuple):
     needed_by: int
 
 
-def traffic(schedule: Schedule) -> dict[tuple[int, int], list[Transfer]]:
-    """For each (source rank, destination rank): what is sent, in the order in which the source produces it."""
-    first_use: dict[tuple[int, Value], int] = {}
-    users: dict[Value, list[int]] = {}
-    for rank, program in enumerate(schedule.programs):
-        for index, action in enumerate(program):
-            for value in needs(action, schedule):
-                if schedule.placement[value.stage] != rank and (rank, value) not in first_use:
-                    first_use[rank, value] = index
-                    users.setdefault(value, []).append(rank)
-    lanes: dict[tuple[int, int], list[Transfer]] = {}
-    for rank, program in enumerate(schedule.programs):
-        for index, action in enumerate(program):
-            for value in gives(action, schedule):
-                for user in users.get(value, ()):
-                    lanes.setdefault((rank, user), []).append(Transfer(value, index, first_use[user, value]))
-    return lanes
+def lanes(used: Iterable[Use]) -> dict[tuple[int, int], list[Use]]:
+    """For each (source rank, destination rank) of which one sends to the other: what is sent."""
+    crossing: dict[tuple[int, int], list[Use]] = {}
+    for use in used:
+        if use.source != use.destination:
+            crossing.setdefault((use.source, use.destination), []).append(use)
+    return crossing
+
+
+def transfers(lane: Iterable[Use]) -> list[Transfer]:
+    """The values of a lane one by one, in the order in which its source produces them."""
+    unordered = [
+        Transfer(Value(use.name, use.stage, microbatch), produced_by, needed_by)
+        for use in lane
+        for microbatch, (produced_by, needed_by) in enumerate(zip(use.produced_by, use.needed_by, strict=True))
+        if needed_by != ABSENT
+    ]
+    return sorted(unordered, key=attrgetter("produced_by"))
+
+
+def traffic(schedule: Schedule, rank: int | None = None) -> dict[tuple[int, int], list[Transfer]]:
+    """For each (source rank, destination rank): what is sent, in the order in which the source produces it.
+
+    With `rank`, only what is sent from or to it.
+    """
+    return {pair: transfers(lane) for pair, lane in lanes(uses(schedule)).items() if rank is None or rank in pair}

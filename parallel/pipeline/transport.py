@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weft.parallel.blame import blame, last_seen
+from weft.parallel.links import Arrival, Link
 from weft.parallel.pipeline.channels import Channels
 from weft.parallel.pipeline.payload import PayloadSpec, TensorSpec
 from weft.parallel.pipeline.table import Schedule, Value, name_in_words
@@ -54,7 +55,11 @@ class Transport:
 
     def send(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> "Pending":
         """Start sending; `tensor` must stay unchanged until the returned work is done."""
+        link = self._link(tensor, peer)
         try:
+            if link is not None:
+                link.send(tensor, tag)
+                return None
             group, destination = self._route(self.rank, peer, peer, tag)
             return self._pending(dist.isend(tensor, group=group, group_dst=destination, tag=tag), tag)
         except RuntimeError as error:
@@ -62,11 +67,17 @@ class Transport:
 
     def receive(self, tensor: Tensor, peer: int, tag: int, what: Callable[[], str]) -> "Pending":
         """Start receiving into `tensor`."""
+        link = self._link(tensor, peer)
+        if link is not None:
+            return OverLink(link.receive(tensor.dtype, tensor.shape, tag), tensor)
         try:
             group, source = self._route(peer, self.rank, peer, tag)
             return self._pending(dist.irecv(tensor, group=group, group_src=source, tag=tag), tag)
         except RuntimeError as error:
             raise self._gone(peer, what) from error
+
+    def _link(self, tensor: Tensor, peer: int) -> Link | None:
+        return self.channels.links.get(peer) if tensor.device.type == "cpu" else None
 
     def _route(self, source: int, destination: int, peer: int, tag: int) -> tuple[dist.ProcessGroup, int]:
         return (self.group, peer) if tag in (HEADER, LOSS) else self.channels.lane(source, destination, peer)
@@ -76,15 +87,20 @@ class Transport:
         return work if self.channels.bounded or tag in (HEADER, LOSS) else OnStream(work)
 
     def wait(self, work: "Pending", peer: int, what: Callable[[], str]) -> None:
-        """Wait until `work` is done.
+        """Wait until `work` is done; None is.
 
         Raises:
             PipelineError: `what` has not happened within the time limit, or the peer has gone.
         """
-        started = perf_counter()
-        self.record.await_rank(self._in_job(peer))
+        if work is None:
+            return
+        started, limit = perf_counter(), timedelta(seconds=self.timeout)
         try:
-            work.wait(timedelta(seconds=self.timeout))
+            if isinstance(work, OverLink) and work.is_there():  # nothing to wait for, so nothing to note
+                work.wait(limit)
+                return
+            self.record.await_rank(self._in_job(peer))
+            work.wait(limit)
         except RuntimeError as error:
             if perf_counter() - started < 0.99 * self.timeout:
                 raise self._gone(peer, what) from error
@@ -123,7 +139,23 @@ class OnStream:
         return self._work.wait()
 
 
-Pending = dist.Work | OnStream
+class OverLink:
+    """A message from a rank of this machine, to be put into `tensor`."""
+
+    def __init__(self, arrival: Arrival, tensor: Tensor) -> None:
+        self._arrival, self._tensor = arrival, tensor
+
+    def is_there(self) -> bool:
+        return self._arrival.is_there()
+
+    def wait(self, timeout: timedelta) -> bool:
+        self._arrival.wait(timeout)
+        self._arrival.move_into(self._tensor)
+        return True
+
+
+Pending = dist.Work | OnStream | OverLink | None
+"""A message under way; None is one that has left already."""
 
 
 class Shapes:
@@ -168,18 +200,11 @@ class Outbox:
 
     def put(self, value: Value, tensors: Sequence[Tensor], header: bytes | None) -> None:
         """Start sending a value, its header first; the tensors are kept until they are known to have been taken."""
-
         what = partial(self._untaken, value)
-        works, kept = [], []
-        if header is not None:
-            for part in _header_messages(header):
-                works.append(self._transport.send(part, self._peer, HEADER, what))
-                kept.append(part)
-        for tensor in tensors:
-            message = tensor.detach().contiguous()
-            works.append(self._transport.send(message, self._peer, DATA, what))
-            kept.append(message)
-        self._sent.append((value, works, kept))
+        messages = [] if header is None else [(part, HEADER) for part in _header_messages(header)]
+        messages += [(tensor.detach().contiguous(), DATA) for tensor in tensors]
+        works = [self._transport.send(message, self._peer, tag, what) for message, tag in messages]
+        self._sent.append((value, works, [message for message, _ in messages]))
 
     def release(self, count: int) -> None:
         """Let go of the oldest `count` values; waits for those that the peer has not taken."""

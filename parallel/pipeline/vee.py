@@ -36,17 +36,32 @@ def _repeated_block(
         turns: time between the last action of each of these four legs and the first of the next.
     """
     down, up = list(range(ranks)), list(reversed(range(ranks)))
-    falls: list[list[tuple[int, Action]]] = [[] for _ in range(ranks)]
+    legs: list[list[tuple[int, int, str, int]]] = [[] for _ in range(ranks)]
     time = 0
     for leg, kind, path in zip(range(4), "FFBB", (down, up, down, up), strict=True):
         for rank in path:
             stage = rank if leg in (0, 3) else 2 * ranks - 1 - rank
-            falls[rank] += [(time + PERIOD * m, Action(kind, stage, m)) for m in range(microbatches)]
+            legs[rank].append((time % PERIOD, time // PERIOD, kind, stage))
             time += steps[leg]
         if leg < 3:
             time += turns[leg] - steps[leg]
-    programs = [[action for _, action in sorted(fallen, key=lambda fall: fall[0])] for fallen in falls]
-    return Schedule("block", programs)
+    return Schedule("block", [_in_periods(sorted(of_rank, key=lambda leg: leg[0]), microbatches) for of_rank in legs])
+
+
+def _in_periods(legs: list[tuple[int, int, str, int]], microbatches: int) -> list[Action]:
+    """The actions of a rank in the order in which they fall; each leg has an action per period from its first one on.
+
+    Args:
+        legs: time within the period, first period, kind and stage, in the order of time.
+    """
+    first = min(period for _, period, _, _ in legs)
+    last = max(period for _, period, _, _ in legs) + microbatches
+    return [
+        Action(kind, stage, period - begin)
+        for period in range(first, last)
+        for _, begin, kind, stage in legs
+        if 0 <= period - begin < microbatches
+    ]
 
 
 def dualpipe_v(ranks: int, microbatches: int) -> Schedule:

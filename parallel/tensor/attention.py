@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.parallel.fused import Fusing
 from weft.parallel.recompute import recomputed
 from weft.parallel.tensor.cache import CachedLayer
 from weft.parallel.tensor.divide import check_heads
@@ -19,7 +20,7 @@ from weft.parallel.tensor.packed import Packable, PackedWeight
 QueryKeyNorm = Literal["none", "head", "projection"]
 
 
-class ParallelSelfAttention(Packable):
+class ParallelSelfAttention(Fusing, Packable):
     """Multi-head or grouped-query self-attention: each rank of `mesh` computes `num_heads / tensor` heads.
 
     `o_proj(softmax(q kᵀ · scale) v)` with q, k, v from column-parallel projections that share one input reduction, and
@@ -144,7 +145,9 @@ class ParallelSelfAttention(Packable):
         packed = self._packed.get((self.q_proj, self.k_proj, self.v_proj))
         if packed is None or self.qk_norm != "none" or rotary is None:
             q, k, v = self._project(x)
-            return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
+            if rotary is None:
+                return q, k, v
+            return self.fused(rotate, q, *rotary), self.fused(rotate, k, *rotary), v
         heads = packed.product(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turning, v = heads.split((self.local_heads + self.local_kv_heads, self.local_kv_heads), 1)
         q, k = rotate(turning, *rotary).split((self.local_heads, self.local_kv_heads), 1)

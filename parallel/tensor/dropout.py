@@ -7,8 +7,9 @@ forward drops the same elements.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from weft.parallel.fused import Fusing
 from weft.parallel.random import stream_seed
 
 
@@ -24,7 +25,7 @@ class DropoutKey:
     samples: Tensor
 
 
-class Dropout(nn.Module):
+class Dropout(Fusing):
     """Zero each element with probability `p` and scale the others by `1 / (1 − p)`.
 
     `place` is the name of this dropout in the model: two places draw different masks.
@@ -50,8 +51,8 @@ class Dropout(nn.Module):
             return x
         if key is None:
             raise ValueError(f"{self.place} has dropout {self.p} but no dropout key; pass one, or call eval()")
-        keep = keep_mask(key, self.place, x.shape, self.p, offset=offset, dim=dim, full_size=full_size)
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+        streams = sample_streams(key, self.place)
+        return self.fused(_drop, x, streams, self.p, offset, dim, full_size)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -68,16 +69,29 @@ def keep_mask(
     full_size: int | None = None,
 ) -> Tensor:
     """Boolean mask of `shape` `[batch, …]`: False with probability `p`, by a hash of each element's coordinates."""
+    return _keep(sample_streams(key, place), shape, p, offset, dim, full_size)
+
+
+def sample_streams(key: DropoutKey, place: str) -> Tensor:
+    """A number for each sequence, int32 `[batch]`, from which the hashes of its elements begin."""
+    constant = _signed(stream_seed(f"{key.seed}/{place}") & 0xFFFFFFFF)
+    return _mix((key.samples & 0x7FFFFFFF).to(torch.int32) ^ constant)
+
+
+def _drop(x: Tensor, streams: Tensor, p: float, offset: int, dim: int, full_size: int | None) -> Tensor:
+    return x * _keep(streams, x.shape, p, offset, dim, full_size).to(x.dtype).mul_(1 / (1 - p))
+
+
+def _keep(streams: Tensor, shape: torch.Size, p: float, offset: int, dim: int, full_size: int | None) -> Tensor:
     full_shape = list(shape)
     full_shape[dim] = full_size or shape[dim]
-    device = key.samples.device
+    device = streams.device
     index = torch.zeros((), dtype=torch.int32, device=device)
     for axis in range(1, len(shape)):
         start = offset if axis == dim else 0
         coordinate = torch.arange(start, start + shape[axis], dtype=torch.int32, device=device)
         index = index.unsqueeze(-1) * full_shape[axis] + coordinate
-    constant = _signed(stream_seed(f"{key.seed}/{place}") & 0xFFFFFFFF)
-    sample = _mix((key.samples & 0x7FFFFFFF).to(torch.int32) ^ constant).view(-1, *[1] * (len(shape) - 1))
+    sample = streams.view(-1, *[1] * (len(shape) - 1))
     # an odd multiplier of its own makes every sample walk through the hash in another order
     hashed = _mix(index * (_mix(sample + 1) | 1) + sample)
     return (hashed & 0x7FFFFFFF) >= int(p * 2**31)

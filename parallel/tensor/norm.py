@@ -12,11 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from weft.parallel.collectives import all_reduce, copy
+from weft.parallel.fused import Fusing
 from weft.parallel.sharding import Sharding, replicated
 from weft.parallel.tensor.partial import ShardedModule
 
 
-class RMSNorm(ShardedModule, nn.RMSNorm):
+class RMSNorm(Fusing, ShardedModule, nn.RMSNorm):
     """`x / sqrt(mean(x²) + eps) · (weight + offset)` over the last dim (Zhang and Sennrich 2019).
 
     Shape: x `[batch, sequence, hidden]` (`[batch, sequence / tensor, hidden]` with `sequence_parallel`), result alike.
@@ -42,15 +43,10 @@ class RMSNorm(ShardedModule, nn.RMSNorm):
             nn.init.constant_(self.weight, 1.0 - offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.used("weight")
-        if not self.offset:
-            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        # in half precision the weight's distance from 1 would be rounded before it is used
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.normalized_shape, weight.to(wide) + self.offset, self.eps).to(x.dtype)
+        return self.fused(_rms_norm, x, self.used("weight"), self.eps, self.offset)
 
 
-class LayerNorm(ShardedModule, nn.LayerNorm):
+class LayerNorm(Fusing, ShardedModule, nn.LayerNorm):
     """`(x − mean) / sqrt(variance + eps) · weight + bias` over the last dim (Ba et al. 2016).
 
     Shapes and communication as for `RMSNorm`.
@@ -64,7 +60,19 @@ class LayerNorm(ShardedModule, nn.LayerNorm):
         self.shardings = {"weight": sharding, "bias": sharding}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.used("weight"), self.used("bias"), self.eps)
+        return self.fused(_layer_norm, x, self.used("weight"), self.used("bias"), self.eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float | None, offset: float) -> Tensor:
+    if not offset:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # in half precision the weight's distance from 1 would be rounded before it is used
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide) + offset, eps).to(x.dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 class SplitRMSNorm(ShardedModule):

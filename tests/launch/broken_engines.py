@@ -67,3 +67,25 @@ class AddsUpWrongly(ConfigModel):
 
             engine.executor._loss_function = twice
         return run
+
+
+class LosesRange(ConfigModel):
+    """The second data rank takes its part of every gradient for zero, where data ranks divide them."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        replicas = run.engine.updates.replicas
+        if layout.zero and mesh["data"].get_local_rank() == 1:
+            right = replicas.gradient
+            replicas.gradient = lambda piece: right(piece).zero_()  # type: ignore[method-assign]
+        return run
+
+
+class UpdatesHalf(ConfigModel):
+    """The second data rank does not update what it alone updates under ZeRO."""
+
+    def build(self, layout: Layout, mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> EngineRun:
+        run = super().build(layout, mesh, dtype, **options)
+        if layout.zero and mesh["data"].get_local_rank() == 1:
+            run.engine.optimizer.step = lambda *_: None  # type: ignore[method-assign,assignment]
+        return run

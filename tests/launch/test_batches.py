@@ -1,12 +1,15 @@
 """Batches: a function of seed and step, in every layout, from any sample on."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.launch.batches import IGNORED, Batches, HeldOutBatches, permute
+from weft.launch.batches import IGNORED, Batch, Batches, HeldOutBatches, permute
+from weft.launch.batches_ahead import BatchesAhead
 
 SEEDS = st.integers(0, 2**63)
 TOKENS = np.arange(1001, dtype=np.uint16)
@@ -101,3 +104,26 @@ def test_held_out_windows_count_every_target_once(size: int, length: int, extra:
     assert [batches.targets(n) for n in range(batches.windows + 1)] == [
         int(counted[:n].sum()) for n in range(batches.windows + 1)
     ]
+
+
+def test_the_next_batch_is_read_ahead_in_any_order_of_steps() -> None:
+    begun: list[int] = []
+    reading = threading.Event()
+
+    def read(step: int) -> Batch:
+        begun.append(step)
+        if step == 4:
+            reading.set()
+        if step == 99:
+            raise OSError("the disk is gone")
+        return Batch(torch.tensor([step]), torch.tensor([step + 1]))
+
+    ahead = BatchesAhead(read, torch.device("cpu"))
+    assert ahead.take(3).inputs.tolist() == [3]
+    assert reading.wait(60), "the next step's batch is read though nobody has asked for it"
+    assert ahead.take(4).inputs.tolist() == [4]
+    assert ahead.take(9).inputs.tolist() == [9]
+    assert ahead.take(10, last=True).targets.tolist() == [11]
+    assert begun == [3, 4, 5, 9, 10]
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead.take(99)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.launch.test_layout import MODEL
+from weft.launch import preflight
 from weft.launch.errors import UserError
 from weft.launch.preflight import check_directory, check_port, check_run, check_same_run
 from weft.launch.settings import Settings, build_settings, dump_settings, resolved
@@ -179,3 +180,32 @@ def test_port() -> None:
     check_port("0")
     with pytest.raises(UserError, match="MASTER_PORT is 'http', but a port is a number"):
         check_port("http")
+
+
+@pytest.mark.parametrize(("given", "missing"), [(None, "g++"), ("/no/such/compiler", "/no/such/compiler")])
+def test_compilation_without_a_compiler(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, given: str | None, missing: str
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    if given is None:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", "/nowhere")
+    else:
+        monkeypatch.setenv("CXX", given)
+    assert f"train.compile is true, which needs a C++ compiler, but there is no {missing}; " in refusal(
+        changed(values, train={"compile": True})
+    )
+    check_run(changed(values, train={"compile": False}), 1)
+
+
+def test_compilation_on_gpus_without_triton_or_a_c_compiler(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = changed(values, train={"compile": True}, cluster={"device": "cuda"})
+    monkeypatch.setattr(preflight, "check_devices", lambda *_: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert refusal(settings).startswith("train.compile is true, which needs Triton on GPUs, but it is not installed; ")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "which needs a C compiler, but there is no gcc or clang; " in refusal(settings)

@@ -1,6 +1,7 @@
 """`weft verify` finds every kind of broken layer, names the place and the cause, and finds nothing in right models."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -157,7 +158,7 @@ def engine_subject(kind: type[ConfigModel], **parallel: Any) -> ConfigModel:
 @pytest.mark.parametrize(
     ("engine", "layout", "kind", "where"),
     [
-        (broken_engines.ForgetsData, "data=2", Kind.DATA_GRADIENT, "embed_tokens.weight"),
+        (broken_engines.ForgetsData, "data=2,zero=0", Kind.DATA_GRADIENT, "embed_tokens.weight"),
         (broken_engines.ForgetsTied, "pipeline=2,schedule=1f1b", Kind.TIED_GRADIENT, "embed_tokens.weight"),
         (
             broken_engines.ForgetsPartial,
@@ -172,6 +173,24 @@ def test_a_broken_engine_is_found_and_named(
 ) -> None:
     results = verify(engine_subject(engine), ranks, Choice([layout])).results
     assert causes(results) == [(kind, where)]
+
+
+@pytest.mark.parametrize("zero", ["zero=1", "zero=2", "zero=3,zero_engine=fsdp2", "zero=3,zero_engine=deepspeed"])
+def test_what_is_broken_under_zero_alone_is_found(ranks: Pool, zero: str) -> None:
+    if "fsdp2" not in zero:
+        pytest.importorskip("deepspeed")
+    choice = Choice([f"data=2,tensor=1,{zero}"])
+    (lost,) = verify(engine_subject(broken_engines.LosesRange), ranks, choice).results
+    assert (lost.findings[0].kind, lost.findings[0].value) == (Kind.DIVISION, "gradient")
+    (half,) = verify(engine_subject(broken_engines.UpdatesHalf), ranks, choice).results
+    assert half.findings[0].kind == Kind.DIVISION
+    assert half.findings[0].detail.startswith("One step on one microbatch agrees")
+
+
+def test_what_zero_does_not_hide_is_named_under_it_too(four_ranks: Pool) -> None:
+    subject = engine_subject(broken_engines.ForgetsPartial)
+    (result,) = verify(subject, four_ranks, Choice(["data=2,tensor=2,zero=3,zero_engine=fsdp2"])).results
+    assert causes([result]) == [(Kind.REPLICATED_GRADIENT, "layers.0.input_layernorm.weight")]
 
 
 def test_a_layer_on_no_stage_is_missed(ranks: Pool) -> None:
@@ -192,5 +211,9 @@ def test_the_engine_is_right_in_every_layout(ranks: Pool) -> None:
     assert {result.verdict for result in report.results} == {"right"}
     names = {str(result.layout) for result in report.results}
     assert names >= {"tensor 2", "tensor 2, sequence parallel", "data 2", "pipeline 2, 1f1b", "pipeline 2, gpipe"}
+    zero = {result.layout.division: set(result.readings) for result in report.results if result.layout.zero}
+    assert zero["ZeRO 3"] == {"float64", "float32"}
+    if find_spec("deepspeed"):
+        assert zero.keys() == {"ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 3 by DeepSpeed"}
     compared = {what for result in report.results for readings in result.readings.values() for what in readings}
     assert compared == set(QUANTITIES)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tests.parallel.checkpoint.faults import Died, die, failing, fill_disk
 from tests.parallel.checkpoint.small import SHARD, alone, entries, loaded_seed, save
 from weft.launch.saved_run import find_checkpoints
-from weft.parallel.checkpoint import CheckpointError, Entry, Save, SaveError, load_checkpoint
+from weft.parallel.checkpoint import CheckpointError, Entry, KeptMemory, Save, SaveError, load_checkpoint
 from weft.parallel.checkpoint.verify import problems_of
 
 
@@ -114,7 +114,7 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path: P
     held = entries(1)
     with alone() as mesh, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", lambda *args: (gate.wait(10), write(*args))[1])
-        started = Save(tmp_path / "step-00000001", held, {}, mesh)
+        started = Save(tmp_path / "step-00000001", held, {}, mesh, memory=KeptMemory())
         for entry in held:
             entry.tensor.add_(1)
         assert not started.written()

@@ -49,6 +49,19 @@ def test_caption_tells_bubble_and_memory() -> None:
     assert caption(simulated("zb-h1", 4, 8), "zb-h1").endswith("by rank 0–3: 4")
 
 
+def test_text_of_many_ranks_shows_the_first_and_the_last() -> None:
+    lines = timeline_text(simulated("1f1b", 100, 2), title="1f1b", width=80, colour=False).splitlines()
+    drawn = [int(line.split()[1]) for line in lines if line.startswith("rank ")]
+    assert drawn == [*range(32), *range(68, 100)]
+    assert lines[32] == "… 36 ranks in between"
+    assert "by rank 0–98: 2, 99: 1" in lines[-2]
+
+
+def test_caption_leaves_out_what_no_line_holds() -> None:
+    peaks = caption(simulated("1f1b", 9, 20), "1f1b").partition("by rank ")[2]
+    assert peaks == "0: 9, 1: 8, 2: 7, 3: 6, 4: 5, 5: 4, 6: 3, …, 8: 1"
+
+
 def test_pictures_carry_numbers_and_caption(tmp_path: Path) -> None:
     timeline = simulated("zb-h1")
     draw_timeline(timeline, tmp_path / "a.svg", title="zb-h1 of four")

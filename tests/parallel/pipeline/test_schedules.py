@@ -1,6 +1,10 @@
 """Every schedule, at every size: proved, and at its published bubble and memory."""
 
 import random
+import sys
+from collections import Counter, deque
+from collections.abc import Callable
+from types import FrameType
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +21,7 @@ from weft.parallel import (
     forward_only,
     simulate_schedule,
 )
+from weft.parallel.pipeline.plan import plan_rank
 from weft.parallel.pipeline.schedules import BUILDERS
 from weft.parallel.pipeline.table import traffic
 
@@ -47,6 +52,59 @@ def test_is_proved_and_runs(schedule: Schedule) -> None:
     timeline = simulate_schedule(schedule)
     assert timeline.busy == pytest.approx([3.0 * per_rank * schedule.microbatches] * schedule.ranks)
     check_schedule(forward_only(schedule))
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedules(most_ranks=8, most_microbatches=20), st.booleans())
+def test_plans_run_with_sends_that_are_buffered_nowhere(schedule: Schedule, skips: bool) -> None:
+    """Per direction between two ranks, the k-th transfer happens once the k-th send and the k-th receive are there."""
+    if skips and schedule.stages > 2:
+        schedule = schedule.with_skips(far=(0, schedule.stages - 1), near=(0, schedule.stages // 2))
+    lanes = traffic(schedule)
+    plans = [plan_rank(schedule, rank, lanes) for rank in range(schedule.ranks)]
+    place = {(lane, transfer.value): k for lane, transfers in lanes.items() for k, transfer in enumerate(transfers)}
+    sent: Counter[tuple[int, int]] = Counter()
+    posted = Counter({(peer, rank): count for rank, plan in enumerate(plans) for peer, count in plan.first})
+    left = [deque(plan.actions) for plan in plans]
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(left):
+            while actions:
+                received = [(value, (source, rank)) for value, source in actions[0].takes if source is not None]
+                if any(place[lane, value] >= min(sent[lane], posted[lane]) for value, lane in received):
+                    break
+                planned = actions.popleft()
+                posted.update({(peer, rank): count for peer, count in planned.post})
+                sent.update((rank, peer) for _, peer in planned.destinations)
+                moved = True
+    assert not any(left)
+    assert sent == posted == Counter({lane: len(transfers) for lane, transfers in lanes.items()})
+
+
+def lines_per_action(name: str, ranks: int, microbatches: int) -> float:
+    """Lines of Python that run while a table is built, proved and simulated, for each of its actions."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object]:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        schedule = build_schedule(name, ranks, microbatches)
+        check_schedule(schedule)
+        simulate_schedule(schedule)
+    finally:
+        sys.settrace(before)
+    return lines / sum(map(len, schedule.programs))
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_work_grows_no_faster_than_the_table(name: str) -> None:
+    assert lines_per_action(name, 24, 96) <= 1.1 * lines_per_action(name, 12, 48)
 
 
 def reference_ends(schedule: Schedule, costs: dict[str, float], send: float) -> dict[Action, float]:
