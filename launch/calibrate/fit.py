@@ -34,7 +34,7 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
 
     Rates are those of one rank while all are busy. The latency of a kernel and the overhead of a microbatch are what
     training steps of 2 and of 4 layers take above the formulas: per layer, and at all. The latency of a collective is
-    what steps over tensor ranks take above that.
+    what steps over tensor ranks take above that per layer.
     """
     config, precision = model_config(settings.model), settings.train.precision
     peak = max(2 * m * k * n / seconds for m, k, n, seconds in measured["gemm"])
@@ -100,19 +100,17 @@ def _with_overheads(cluster: Cluster, steps: Mapping[int, Mapping[int, float]], 
     def with_value(name: str, value: float) -> Cluster:
         return cluster.model_copy(update={name: value})
 
-    def of_layers(changed: Cluster) -> float:
-        return predict(settings, changed, many) - predict(settings, changed, few)
-
-    def over_tensor_ranks(changed: Cluster) -> float:
-        return sum(predict(settings, changed, layers, tensor=2) for layers in steps[2])
+    def of_layers(changed: Cluster, tensor: int) -> float:
+        return predict(settings, changed, many, tensor) - predict(settings, changed, few, tensor)
 
     def solved(name: str, predicted: Callable[[Cluster], float], wanted: float) -> Cluster:
         return with_value(name, round(_solve(lambda value: predicted(with_value(name, value)), wanted), 1))
 
-    cluster = solved("kernel_latency", of_layers, steps[1][many] - steps[1][few])
+    cluster = solved("kernel_latency", lambda changed: of_layers(changed, 1), steps[1][many] - steps[1][few])
     cluster = solved("microbatch_overhead", lambda changed: predict(settings, changed, few), steps[1][few])
     if 2 in steps:
-        cluster = solved("collective_latency", over_tensor_ranks, sum(steps[2].values()))
+        wanted = steps[2][many] - steps[2][few]
+        cluster = solved("collective_latency", lambda changed: of_layers(changed, 2), wanted)
     return cluster
 
 

@@ -147,7 +147,10 @@ def _messages(clock: _Clock, device: torch.device) -> list[tuple[str, int, int, 
 
 
 def _steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> dict[int, dict[int, float]]:
-    """Seconds of a training step by tensor ranks and layers, replicas on all ranks; the models take turns."""
+    """Seconds of a training step by tensor ranks and layers, replicas on all ranks; the models take turns.
+
+    As time passes: that ranks on shared cores are not always spread evenly over them is part of a step.
+    """
     layouts = [(settings, mesh)] + [(tensor, build_training_mesh(tensor)) for tensor in _over_tensor_ranks(settings)]
     engines = {(own["tensor"].size(), n): _engine(each, own, n) for each, own in layouts for n in LAYERS}
     seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in engines}
@@ -162,7 +165,10 @@ def _step(clock: _Clock, engine: Engine, step: int) -> float:
     shape = (engine.settings.batch.global_size // engine.data.size(), engine.settings.corpus.sequence_length)
     tokens = torch.randint(engine.config.vocab_size, shape)
     dist.barrier()
-    return clock.once(lambda: engine.step(step, tokens, tokens))
+    start = time.perf_counter()
+    clock.once(lambda: engine.step(step, tokens, tokens))
+    dist.barrier()
+    return time.perf_counter() - start
 
 
 def _over_tensor_ranks(settings: Settings) -> list[Settings]:
