@@ -3,11 +3,11 @@
     python benchmarks/checkpoints.py                     # 1 GB of weights and optimiser state
     python benchmarks/checkpoints.py --hidden 256 --steps 4 --rounds 1
 
-A Llama is trained on two ranks (tensor 2) over gloo, each with one thread. Blocks of steps with one save in each
-alternate with blocks without, timed by the clock and by the processor, which other work on the machine disturbs less:
-weft in the background and at once, and torch's Distributed Checkpoint (its plain file storage) with the same tensors,
-at once and in the background. Then the checkpoint is saved by tensor 4 and loaded by tensor 2 × pipeline 2; the bytes
-read are those that the system counts.
+A Llama is trained on two ranks (tensor 2) over gloo, each with one thread. A block of steps with one save in it stands
+between two without, whose mean it is compared with, by the clock and by the processor, which other work on the machine
+disturbs less: weft in the background and at once, and torch's Distributed Checkpoint (its plain file storage) with the
+same tensors, in the background and at once. Then the checkpoint is saved by tensor 4 and loaded by tensor 2 × pipeline
+2; the bytes read are those that the system counts.
 """
 
 import argparse
@@ -26,11 +26,12 @@ import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 
 from weft.launch.engine import Engine
+from weft.launch.garbage import without_old_objects
 from weft.launch.saved_state import EngineState
 from weft.launch.settings import build_settings
 from weft.model.config import model_config
 from weft.parallel import build_mesh
-from weft.parallel.checkpoint import Save, load_checkpoint, save_checkpoint
+from weft.parallel.checkpoint import KeptMemory, Save, load_checkpoint, save_checkpoint
 
 SEQUENCE, ROWS = 64, 4
 
@@ -76,9 +77,9 @@ class Blocks:
 
     def __init__(self, engine: Engine, steps: int, folder: Path) -> None:
         self.engine, self.steps, self.folder = engine, steps, folder
-        self.state = EngineState(engine)
+        self.state, self.memory = EngineState(engine), KeptMemory()
+        self.group = dist.new_group()  # Distributed Checkpoint communicates in its thread, while training does
         self.kinds: dict[str, Callable[[], float]] = {
-            "no save": lambda: train(engine, steps),
             "weft, in the background": self._background,
             "weft, at once": lambda: self._at_once(self._save),
             "Distributed Checkpoint, in the background": self._dcp_background,
@@ -87,7 +88,7 @@ class Blocks:
 
     def _background(self) -> float:
         start = time.perf_counter()
-        save = Save(self.folder / "weft", self.state.entries(), {}, self.engine.mesh)
+        save = Save(self.folder / "weft", self.state.entries(), {}, self.engine.mesh, memory=self.memory)
         begun = time.perf_counter() - start
         left = [save]
 
@@ -117,7 +118,7 @@ class Blocks:
 
     def _dcp_background(self) -> float:
         start = time.perf_counter()
-        future = dcp.async_save(self._tensors(), checkpoint_id=self.folder / "dcp")
+        future = dcp.async_save(self._tensors(), checkpoint_id=self.folder / "dcp", process_group=self.group)
         seconds = time.perf_counter() - start + train(self.engine, self.steps)
         start = time.perf_counter()
         future.result()  # type: ignore[union-attr]
@@ -131,23 +132,39 @@ class Times(NamedTuple):
     processor: float
 
 
-def time_saves(hidden: int, steps: int, rounds: int, folder: str) -> tuple[dict[str, list[Times]], int]:
-    """The times of the blocks of each kind, and the bytes of the checkpoint."""
+class Comparison(NamedTuple):
+    """A block with a save, and the mean of the ones before and after it without."""
+
+    saving: Times
+    plain: Times
+
+
+def time_saves(hidden: int, steps: int, rounds: int, folder: str) -> tuple[dict[str, list[Comparison]], int]:
+    """The times of the blocks of each kind, one a round, and the bytes of the checkpoint."""
     torch.set_num_threads(1)
     engine = build(hidden, tensor=2, pipeline=1)
     train(engine, 2)
     blocks = Blocks(engine, steps, Path(folder))
-    times: dict[str, list[Times]] = {kind: [] for kind in blocks.kinds}
-    for _ in range(rounds):
-        for kind, run in blocks.kinds.items():
-            before = time.process_time()
-            clock = run()
-            times[kind].append(Times(clock, time.process_time() - before))
+    found: dict[str, list[Comparison]] = {kind: [] for kind in blocks.kinds}
+    with without_old_objects():  # as in training
+        before = time_block(lambda: train(engine, steps))
+        for kind, run in list(blocks.kinds.items()) * rounds:
+            saving = time_block(run)
             shutil.rmtree(folder, ignore_errors=True)
-            dist.barrier()
+            after = time_block(lambda: train(engine, steps))
+            mean = Times(*(statistics.mean(pair) for pair in zip(before, after, strict=True)))
+            found[kind].append(Comparison(saving, mean))
+            before = after
     own = sum(entry.tensor.numel() * entry.tensor.element_size() for entry in blocks.state.entries())
     dist.destroy_process_group()
-    return times, 2 * own
+    return found, 2 * own
+
+
+def time_block(run: Callable[[], float]) -> Times:
+    dist.barrier()
+    start = time.process_time()
+    clock = run()
+    return Times(clock, time.process_time() - start)
 
 
 def save_by_tensor_4(hidden: int, folder: str) -> None:
@@ -182,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--steps", type=int, default=16, help="steps of a block")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each kind")
     parser.add_argument("--only", choices=("saves", "bytes"))
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -197,17 +214,18 @@ def main() -> None:
             print(f"tensor 4 to tensor 2 × pipeline 2: {needed:,} bytes needed, {read:,} read, {read / needed:.4f} ×")
 
 
-def show_saves(times: dict[str, list[Times]], size: int, steps: int) -> None:
-    medians = {
-        kind: [statistics.median(column) for column in zip(*blocks, strict=True)] for kind, blocks in times.items()
-    }
-    plain = medians.pop("no save")
-    print(
-        f"{size / 1e9:.2f} GB; {steps} steps without a save take {plain[0]:.2f} s, a rank {plain[1]:.2f} s of its core"
-    )
-    for kind, found in medians.items():
-        added = (f"{mine - own:+8.2f} s{(mine - own) / own:+9.1%}" for mine, own in zip(found, plain, strict=True))
-        print(f"{kind:<44}{'; its core'.join(added)}")
+def show_saves(found: dict[str, list[Comparison]], size: int, steps: int) -> None:
+    plain = [comparison.plain for comparisons in found.values() for comparison in comparisons]
+    clock, processor = (statistics.median(column) for column in zip(*plain, strict=True))
+    print(f"{size / 1e9:.2f} GB; {steps} steps without a save take {clock:.2f} s, a rank {processor:.2f} s of its core")
+    print(f"median of {len(plain) // len(found)} rounds (least … most)")
+    for kind, comparisons in found.items():
+        times = [saving.clock / plain.clock - 1 for saving, plain in comparisons]
+        cores = [saving.processor - plain.processor for saving, plain in comparisons]
+        print(
+            f"{kind:<44}{statistics.median(times):+7.1%} ({min(times):+.1%} … {max(times):+.1%}); "
+            f"its core {statistics.median(cores):+.2f} s ({min(cores):+.2f} … {max(cores):+.2f})"
+        )
 
 
 if __name__ == "__main__":
