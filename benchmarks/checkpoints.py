@@ -78,6 +78,7 @@ class Blocks:
     def __init__(self, engine: Engine, steps: int, folder: Path) -> None:
         self.engine, self.steps, self.folder = engine, steps, folder
         self.state, self.memory = EngineState(engine), KeptMemory()
+        self.group = dist.new_group()  # Distributed Checkpoint communicates in its thread, while training does
         self.kinds: dict[str, Callable[[], float]] = {
             "weft, in the background": self._background,
             "weft, at once": lambda: self._at_once(self._save),
@@ -117,7 +118,7 @@ class Blocks:
 
     def _dcp_background(self) -> float:
         start = time.perf_counter()
-        future = dcp.async_save(self._tensors(), checkpoint_id=self.folder / "dcp")
+        future = dcp.async_save(self._tensors(), checkpoint_id=self.folder / "dcp", process_group=self.group)
         seconds = time.perf_counter() - start + train(self.engine, self.steps)
         start = time.perf_counter()
         future.result()  # type: ignore[union-attr]
