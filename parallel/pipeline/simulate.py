@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 from weft.parallel.pipeline.table import KINDS, Action, Schedule, ScheduleError, gives, needs, without_collector
@@ -206,25 +207,42 @@ class _Simulation:
         """Work off the program of `rank`; gives way whenever a value is not there yet."""
         duties, wake = self._duties, self._ready.append
         start_at, end_at = self._starts[rank].append, self._ends[rank].append
-        clock = 0.0
-        for block in self._schedule.blocks(rank):
-            for kind, stage, microbatch in block:
-                for times, delay, waiting in duties[kind][stage][0]:
-                    while (time := times[microbatch]) == UNKNOWN:
-                        waiting[microbatch] = rank
-                        yield
-                    time += delay
-                    if time > clock:
-                        clock = time
-            for kind, stage, _ in block:
-                start_at(clock)
-                clock += duties[kind][stage][1]
-                end_at(clock)
-            end = clock
-            for kind, stage, microbatch in block:
-                _, _, given, sending = duties[kind][stage]
-                for times, queue, waiting in given:
-                    times[microbatch] = end if queue is None else queue.arrival(end)
-                    if microbatch in waiting:
-                        wake(waiting.pop(microbatch))
-                clock += sending
+        clock = held = 0.0
+        for (kind, stage, microbatch), lag in self._steps(rank):
+            needed, cost, given, sending = duties[kind][stage]
+            for times, delay, waiting in needed:
+                while (time := times[microbatch]) == UNKNOWN:
+                    waiting[microbatch] = rank
+                    yield
+                time += delay
+                if time > clock:
+                    clock = time
+            if lag is None:
+                continue
+            start_at(clock)
+            clock += cost
+            end_at(clock)
+            there = clock + lag
+            for times, queue, waiting in given:
+                times[microbatch] = there if queue is None else queue.arrival(there)
+                if microbatch in waiting:
+                    wake(waiting.pop(microbatch))
+            held += sending
+            if held and not lag:
+                clock += held
+                held = 0.0
+
+    def _steps(self, rank: int) -> Iterator[tuple[Action, float | None]]:
+        """The actions of `rank`, each with the time from its end until it gives; None where it is only waited for.
+
+        The first of an overlapped pair waits for what both need, and gives at the end of the second.
+        """
+        if not self._schedule.overlapped:
+            yield from zip(self._schedule.programs[rank], repeat(0.0))
+            return
+        for first, *seconds in self._schedule.blocks(rank):
+            for second in seconds:
+                yield second, None
+            yield first, sum(self._duties[kind][stage][1] for kind, stage, _ in seconds)
+            for second in seconds:
+                yield second, 0.0

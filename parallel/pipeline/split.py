@@ -1,10 +1,9 @@
 """Splits the backwards of a schedule, and fills its bubbles with the weight gradients."""
 
 import heapq
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 
 from weft.parallel.pipeline.simulate import UNKNOWN, Duties, ScheduleCosts
 from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, without_collector
@@ -56,26 +55,27 @@ class _Filling:
         for rank, (order, program) in enumerate(zip(self._schedule.programs, self._programs, strict=True)):
             done = sum(action.kind != "W" for action in program)
             if done < len(order):
-                lacking = next(islice(self._order(rank), done, None))
+                lacking = self._order(rank)[done]
                 raise ScheduleError(
                     f"schedule {name}: rank {rank} cannot reach {lacking} with {self._limit} activations"
                 )
         return Schedule(name, self._programs, self._schedule.placement, skips=self._skips)
 
-    def _order(self, rank: int) -> Iterator[Action]:
+    def _order(self, rank: int) -> list[Action]:
         """The forwards and input gradients of `rank`."""
-        for action in self._schedule.programs[rank]:
-            kind, stage, microbatch = action
-            yield Action("I", stage, microbatch) if kind == "B" else action
+        program = self._schedule.programs[rank]
+        return [Action("I", action.stage, action.microbatch) if action.kind == "B" else action for action in program]
 
     def _run_rank(self, rank: int) -> Iterator[None]:
         """Fill the program of `rank`; gives way when the time of a value has to be known."""
         duties, wake, add = self._duties, self._ready.append, self._programs[rank].append
         weight_cost = self._weight_cost
-        postponed: deque[Action] = deque()
+        order = self._order(rank)
+        weight_gradients = iter([Action("W", stage, microbatch) for kind, stage, microbatch in order if kind == "I"])
+        postponed = 0
         room = self._limit
         clock, settled = 0.0, -1.0
-        for action in self._order(rank):
+        for action in order:
             kind, stage, microbatch = action
             needed, cost, given, _ = duties[kind][stage]
             while True:
@@ -93,8 +93,9 @@ class _Filling:
                         settled = clock
                         yield
                         continue
-                    weight_gradient = postponed.popleft()
+                    weight_gradient = next(weight_gradients)
                     add(weight_gradient)
+                    postponed -= 1
                     clock += weight_cost[weight_gradient.stage]
                     room += 1
                 elif not has_room:
@@ -111,10 +112,10 @@ class _Filling:
                 if microbatch in waiting:
                     wake(waiting.pop(microbatch))
             if kind == "I":
-                postponed.append(Action("W", stage, microbatch))
+                postponed += 1
             else:
                 room -= 1
-        self._programs[rank] += postponed
+        self._programs[rank] += weight_gradients
 
     def _settle(self, rank: int, clock: float) -> None:
         """Have `rank` go on once all others have come as far as `clock`."""

@@ -2,7 +2,7 @@
 
 A schedule holds one program per rank: the list of that rank's actions in order. Bubbles are not written; they are what
 remains when every action waits for the values that it needs. Checker, simulator, drawing and executor all read
-`needs`, `gives` and `traffic` of this file and know nothing else about pipelines.
+`needs` and `gives` of this file, or `uses` and `traffic`, which follow from them, and know nothing else of pipelines.
 """
 
 import gc
