@@ -164,8 +164,8 @@ class Arrival:
             wanted = self._shape.numel() * self._dtype.itemsize
             if count != wanted:
                 raise LinkError(
-                    f"rank {self._link.peer} sent {count} bytes where {wanted} were expected; do all ranks call the same "
-                    "collectives in the same order?"
+                    f"rank {self._link.peer} sent {count} bytes where {wanted} were expected; do all ranks call the "
+                    "same collectives in the same order?"
                 )
         return True
 
