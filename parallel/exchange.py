@@ -125,8 +125,6 @@ class _Exchange:
         self._received: dict[int, Tensor | Arrival] = {}
         self.works: list[Work] = []
         links, sends = links_of(group), []
-        # A dry run is one of ranks that have links: it makes no room for what never comes.
-        is_dry = dist.get_backend(group) == "fake"
         for peer, x in enumerate(outgoing):
             if peer == self._rank:
                 continue
@@ -136,7 +134,8 @@ class _Exchange:
                 self._received[peer] = arrival
                 self.works.append(arrival)
             else:
-                self._received[peer] = room = x if is_dry else torch.empty_like(x)
+                # A dry run is one of ranks that have links: it makes no room for what never comes.
+                self._received[peer] = room = x if dist.get_backend(group) == "fake" else torch.empty_like(x)
                 self.works.append(group.recv([room], peer, 0))
                 sends.append(group.send([x], peer, 0))
         self.works += sends

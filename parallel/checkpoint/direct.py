@@ -30,11 +30,12 @@ class KeptMemory:
     def take(self, size: int) -> memoryview:
         """So many bytes from the beginning of a page on, which nobody else has until they are given back."""
         spare, self._spare = self._spare, None
-        return spare[:size] if spare is not None and len(spare) >= size else _new_pages(size)
+        whole = spare if spare is not None and len(spare) >= size else _new_pages(size)
+        return whole[:size]
 
     def give_back(self, memory: memoryview) -> None:
         """Keep what was taken for the next who takes."""
-        self._spare = memory
+        self._spare = memoryview(memory.obj)
 
 
 def leave_cache(descriptor: int) -> None:

@@ -61,7 +61,7 @@ class Save:
         self._error: str | None = "the thread that writes it ended too early"
         self._device, self._rank = mesh.device_type, dist.get_rank()
         shard = lay_out(own_pieces(list(entries), mesh))
-        image = None if memory is None else _image(shard, memory.take(sum(shard.sizes)))
+        image = None if memory is None else _image(shard, memory.take(shard.bytes))
         self._thread = threading.Thread(target=self._write, args=(shard, image, memory), daemon=True)
         self._thread.start()
 
@@ -139,7 +139,7 @@ def _image(shard: Shard[Piece], memory: memoryview) -> memoryview:
     """Copy the shard into memory of its size, as its file will have it."""
     memory[: len(shard.header)] = shard.header
     everything = torch.frombuffer(memory, dtype=torch.uint8)
-    for piece, begin in zip(shard.pieces, shard.begins, strict=True):
+    for piece, begin in zip(shard.pieces, shard.bounds[:-1], strict=True):
         part = everything[begin : begin + piece.bytes]
         part.view(piece.dtype).view(piece.box.shape).copy_(piece.view)
     return memory

@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
@@ -50,20 +50,22 @@ PieceType = TypeVar("PieceType", bound=NamedPiece)
 
 
 class Shard(NamedTuple, Generic[PieceType]):
-    """What the file of a rank is to be: the header, and the pieces in this order."""
+    """What the file of a rank is to be.
+
+    Attributes:
+        header: the file's beginning.
+        pieces: what follows it, in this order.
+        bounds: where in the file each piece begins, and where the last one ends.
+    """
 
     header: bytes
     pieces: list[PieceType]
+    bounds: list[int]
 
     @property
-    def sizes(self) -> list[int]:
-        """Bytes of the header and of each piece."""
-        return [len(self.header), *(_size(piece) for piece in self.pieces)]
-
-    @property
-    def begins(self) -> list[int]:
-        """Where in the file each piece begins."""
-        return list(accumulate(self.sizes))[:-1]
+    def bytes(self) -> int:
+        """Of the whole file."""
+        return self.bounds[-1]
 
 
 def lay_out(pieces: Sequence[PieceType]) -> Shard[PieceType]:
@@ -73,7 +75,8 @@ def lay_out(pieces: Sequence[PieceType]) -> Shard[PieceType]:
         ValueError: their dtype cannot be saved.
     """
     ordered = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
-    return Shard(_header(ordered), ordered)
+    header = _header(ordered)
+    return Shard(header, ordered, list(accumulate(map(_size, ordered), initial=len(header))))
 
 
 def write_shard(path: Path, shard: Shard[PieceType], image: memoryview | None = None) -> dict[str, Any]:
@@ -90,19 +93,17 @@ def write_shard(path: Path, shard: Shard[PieceType], image: memoryview | None = 
         parts = chain([memoryview(shard.header)], (_bytes_of(piece.read()) for piece in shard.pieces))
         _write(path, gathered(_summed(parts, checksums)))
     else:
-        checksums = [
-            crc32(image[end - size : end]) for end, size in zip(accumulate(shard.sizes), shard.sizes, strict=True)
-        ]
+        checksums = [crc32(image[begin:end]) for begin, end in pairwise([0, *shard.bounds])]
         _write(path, chunks_of(image))
     checksum = 0
-    for own, size in zip(checksums, shard.sizes, strict=True):
-        checksum = crc32_combine(checksum, own, size)
+    for own, (begin, end) in zip(checksums, pairwise([0, *shard.bounds]), strict=True):
+        checksum = crc32_combine(checksum, own, end - begin)
     if checksum_of(path, from_disk=True) != checksum:
         raise OSError(f"{path.name} is not on disk what was written")
     tensors: dict[str, Any] = {}
-    for piece, begin, own in zip(shard.pieces, shard.begins, checksums[1:], strict=True):
+    for piece, begin, own in zip(shard.pieces, shard.bounds[:-1], checksums[1:], strict=True):
         tensors.setdefault(piece.name, _description(piece))["pieces"].append(_record(piece, path.name, begin, own))
-    return {"files": {path.name: {"bytes": sum(shard.sizes), "crc32": f"{checksum:08x}"}}, "tensors": tensors}
+    return {"files": {path.name: {"bytes": shard.bytes, "crc32": f"{checksum:08x}"}}, "tensors": tensors}
 
 
 def _write(path: Path, chunks: Iterable[memoryview]) -> None:

@@ -24,6 +24,8 @@ from weft.parallel.pipeline.table import (
     without_collector,
 )
 
+_WHOLE, _SPLIT = {(True, True, False, False)}, {(True, False, True, True)}  # which of F, B, I and W there are
+
 
 @dataclass(frozen=True)
 class ScheduleFacts:
@@ -59,9 +61,6 @@ def check_schedule(schedule: Schedule) -> ScheduleFacts:
     for (source, destination), lane in lanes(used).items():
         messages[source] += _check_receives(source, destination, lane)
     return ScheduleFacts(peak_activations(schedule.programs), messages)
-
-
-_WHOLE, _SPLIT = {(True, True, False, False)}, {(True, False, True, True)}  # which of F, B, I and W there are
 
 
 def peak_activations(programs: Sequence[Sequence[Action]]) -> list[int]:
