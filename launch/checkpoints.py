@@ -51,6 +51,7 @@ class Checkpoints:
         self._in_flight: Save | None = None
         self._memory = KeptMemory()
         self._damaged: set[Path] = set()
+        self._readable: dict[Path, int] = {}  # by when its manifest was written, in nanoseconds
 
     @property
     def writing(self) -> bool:
@@ -151,7 +152,7 @@ class Checkpoints:
         With it goes what is left of saves up to `step`; other ranks may have begun to write a later one.
         """
         found = find_checkpoints(self.directory)
-        whole = [path for path in found if path not in self._damaged and is_readable(path)]
+        whole = [path for path in found if path not in self._damaged and self._is_readable(path)]
         every = self.settings.keep_every
         kept = {path for path in whole if every and step_of(path) % every == 0} | set(whole[-self.settings.keep :])
         found_parts = ((path, _LEFTOVER.fullmatch(path.name)) for path in self.directory.iterdir())
@@ -161,6 +162,13 @@ class Checkpoints:
                 remove(path)
             except OSError as error:
                 self.say(f"{path} cannot be removed ({error.strerror}); it is no longer needed")
+
+    def _is_readable(self, path: Path) -> bool:
+        """Whether a checkpoint has a manifest that can be trusted: read once, for one may have thousands of pieces."""
+        written = (path / MANIFEST).stat().st_mtime_ns
+        if self._readable.get(path) != written and is_readable(path):
+            self._readable[path] = written
+        return self._readable.get(path) == written
 
 
 def checkpoints_to_resume(settings: CheckpointSettings) -> list[Path]:
