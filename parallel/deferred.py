@@ -47,7 +47,7 @@ class WeightGradientQueue:
         return run
 
 
-def accumulate_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Add to `parameter.grad` in place, as autograd would, in the precision that the parameter asks for."""
     if parameter.grad is None:
         parameter.grad = gradient.to(gradient_dtype(parameter))
