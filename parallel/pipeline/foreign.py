@@ -45,15 +45,16 @@ def _watched(weight: Tensor, bias: Tensor | None, queue: WeightGradientQueue, x:
     version = x._version
     result = F.linear(x, weight.detach(), None if bias is None else bias.detach())
 
-    def watch(gradient: Tensor) -> None:
+    def watch(gradients: tuple[Tensor, ...]) -> None:
         if x._version != version:
             raise RuntimeError("the input of a linear layer was changed in place before its backward; copy it first")
         if queue.recording:
-            queue.put(partial(_add_gradients, weight, bias, gradient, x))
+            queue.put(partial(_add_gradients, weight, bias, gradients[0], x))
         else:
-            _add_gradients(weight, bias, gradient, x)
+            _add_gradients(weight, bias, gradients[0], x)
 
-    result.register_hook(watch)
+    assert result.grad_fn is not None, "x requires a gradient"
+    result.grad_fn.register_prehook(watch)
     return result
 
 
