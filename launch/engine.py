@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.launch.allocator import keep_freed_memory
 from weft.launch.batch_sizes import batch_sizes, samples_before
 from weft.launch.objectives import IGNORED, content_key, prepare
 from weft.launch.precision import parameter_dtype
@@ -98,6 +99,8 @@ class Engine:
         self._weights_needed = not resumed
         self.tensor, self.data, self.pipeline = mesh["tensor"], mesh["data"], mesh["pipeline"]
         self.device = device or torch.device(mesh.device_type)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         share = settings.batch.micro_size * self.data.size()
         self.microbatches = settings.batch.global_size // share
         self.schedule = load_schedule(settings.parallel, self.microbatches)
