@@ -169,7 +169,7 @@ class Tally:
     seconds: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     runs: int = 0
     runs_lost: list[str] = field(default_factory=list)
-    curves_unequal: int = 0
+    curves_unequal: list[str] = field(default_factory=list)
     checkpoints_lost: int = 0
     damaged: int = 0
     unnoticed: int = 0
@@ -254,8 +254,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="weft-faults-") as folder:
         tally = strike(Path(folder), faults=options.faults, seed=options.seed, per_run=options.per_run, kinds=kinds)
     print(table(tally, options.seed))
-    bad = (tally.curves_unequal, tally.checkpoints_lost, tally.unnoticed, tally.orphans)
-    return int(bool(tally.runs_lost or any(bad)))
+    bad = (tally.runs_lost, tally.curves_unequal, tally.checkpoints_lost, tally.unnoticed, tally.orphans)
+    return int(any(bad))
 
 
 def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequence[Kind] = KINDS) -> Tally:
@@ -283,7 +283,8 @@ def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequenc
             tally.runs += 1
             try:
                 disturbed_run(run, drawn, choose, tally)
-                tally.curves_unequal += run.losses() != undisturbed[layout]
+                if difference := first_difference(run.losses(), undisturbed[layout]):
+                    tally.curves_unequal.append(f"run {tally.runs - 1} ({layout}, {nodes} nodes): {difference}")
                 tally.checkpoints_lost += lost_checkpoints(run, [])
             except (LostError, subprocess.TimeoutExpired) as error:
                 tally.runs_lost.append(f"run {tally.runs - 1}: {error}")
@@ -291,6 +292,14 @@ def strike(folder: Path, *, faults: int, seed: int, per_run: int, kinds: Sequenc
             tally.orphans += count_survivors(run.folder)
         print(f"run {tally.runs}: {tally.faults} of {faults} faults", file=sys.stderr, flush=True)
     return tally
+
+
+def first_difference(found: Sequence[str], expected: Sequence[str]) -> str:
+    """Between two runs' losses, in words; empty where they are the same."""
+    for step, (own, wanted) in enumerate(zip(found, expected, strict=False), start=1):
+        if own != wanted:
+            return f"step {step} has the loss {own}, undisturbed {wanted}"
+    return "" if len(found) == len(expected) else f"{len(found)} steps are told of, undisturbed {len(expected)}"
 
 
 def nodes_of_next(kinds: Sequence[Kind], choose: random.Random, tally: Tally) -> int:
@@ -324,11 +333,12 @@ def table(tally: Tally, seed: int) -> str:
     lines += [
         f"| all, seed {seed} | {tally.faults} | |",
         "",
-        f"{tally.runs} runs: {len(tally.runs_lost)} lost, {tally.curves_unequal} with other losses than undisturbed, "
-        f"{tally.checkpoints_lost} valid checkpoints lost, {tally.unnoticed} of {tally.damaged} damaged not named, "
+        f"{tally.runs} runs: {len(tally.runs_lost)} lost, {len(tally.curves_unequal)} with other losses than "
+        f"undisturbed, {tally.checkpoints_lost} valid checkpoints lost, {tally.unnoticed} of {tally.damaged} damaged not named, "
         f"{tally.orphans} orphan processes.",
         *(f"Left out, since this machine has no {name}: {reason}" for name, reason in tally.lacking.items()),
         *tally.runs_lost,
+        *tally.curves_unequal,
     ]
     return "\n".join(lines)
 
