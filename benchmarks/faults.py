@@ -334,8 +334,8 @@ def table(tally: Tally, seed: int) -> str:
         f"| all, seed {seed} | {tally.faults} | |",
         "",
         f"{tally.runs} runs: {len(tally.runs_lost)} lost, {len(tally.curves_unequal)} with other losses than "
-        f"undisturbed, {tally.checkpoints_lost} valid checkpoints lost, {tally.unnoticed} of {tally.damaged} damaged not named, "
-        f"{tally.orphans} orphan processes.",
+        f"undisturbed, {tally.checkpoints_lost} valid checkpoints lost, {tally.unnoticed} of {tally.damaged} damaged "
+        f"not named, {tally.orphans} orphan processes.",
         *(f"Left out, since this machine has no {name}: {reason}" for name, reason in tally.lacking.items()),
         *tally.runs_lost,
         *tally.curves_unequal,

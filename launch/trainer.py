@@ -35,7 +35,8 @@ from weft.parallel.pipeline.timeline import Timeline
 class Trainer:
     """Drives the engine through the steps of a run; every rank has one and does the same.
 
-    `steps` yields the metrics of each finished step, numbered from 1; with step 0 the held-out loss before training.
+    `steps` yields the metrics of each finished step, numbered from 1, and then saves it; with step 0 the held-out
+    loss before training.
     `memory` is what this rank held in the first step that it trained.
     """
 
@@ -84,13 +85,13 @@ class Trainer:
                 last = last or self._patience.ends(metrics.held_out_loss)
             if train.check_replicas_every and self.step % train.check_replicas_every == 0:
                 check_replicas(self.engine)
+            yield metrics  # a run that is killed now trains the step again; behind its save, nobody would tell of it
             every = self.settings.checkpoint.every
             last = last or self.stopped
             if last or (every and self.step % every == 0):
                 self.save(last=last)
             elif not self._writing:
                 self.checkpoints.finish()
-            yield metrics
 
     def save(self, *, last: bool) -> None:
         """Save, unless this step is saved already; the `last` save of the process is on disk when this returns."""

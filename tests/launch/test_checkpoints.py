@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from weft.launch.engine import Engine
 from weft.launch.errors import UserError
 from weft.launch.saved_state import EngineState
 from weft.launch.settings import build_settings
+from weft.launch.signals import StopRequest
+from weft.launch.trainer import Trainer
 from weft.model.config import model_config
 from weft.parallel import build_mesh
 
@@ -138,6 +142,28 @@ def test_the_newest_are_kept_and_half_written_ones_never_count(pool: Pool, tmp_p
     (tmp_path / ".step-00000004.part").mkdir()  # as of another rank that is ahead
     assert pool.run(2, save_often, tmp_path)[0] == ["step-00000002", "step-00000003"]
     assert [path.name for path in tmp_path.glob(".*.part")] == [".step-00000004.part"]
+
+
+def told_and_saved(directory: Path) -> list[str]:
+    """What a run does whose saves are on disk before it goes on, in order."""
+    engine, checkpoints = build((1, 1, 1), directory)
+    checkpoints.settings = checkpoints.settings.model_copy(update={"asynchronous": False, "every": 2})
+    settings = engine.settings.model_copy(update={"checkpoint": checkpoints.settings})
+    text = np.arange(1000, dtype=np.uint16) % 61
+    tokens: Any = SimpleNamespace(train=text, held_out=text, bits_per_byte=lambda *_, **__: 0.0)
+    trainer = Trainer(settings, engine, tokens, checkpoints, StopRequest())
+    events: list[str] = []
+    for metrics in trainer.steps():
+        saved = [f"saved {path.name[-1]}" for path in find_checkpoints(directory)]
+        events += [event for event in saved if event not in events] + [f"told {metrics.step}"]
+    return events
+
+
+def test_a_step_is_told_before_its_checkpoint_counts(pool: Pool, tmp_path: Path) -> None:
+    """Else a run that is killed between the two goes on behind a step of which its metrics lack the line."""
+    (events,) = pool.run(1, told_and_saved, tmp_path)
+    assert events == ["told 0", "told 1", "told 2", "saved 2", "told 3", "told 4", "saved 4", "told 5"]
+    assert find_checkpoints(tmp_path)[-1].name == "step-00000005"
 
 
 def restore(directory: Path, layers: int = 4) -> str:
