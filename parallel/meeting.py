@@ -15,6 +15,7 @@ from weft.parallel.shared_memory import can_share_memory
 from weft.parallel.traffic import uncounted
 
 _RANK = struct.Struct("<i")
+_WAKE_UP = 50e-6  # seconds
 _CREDENTIALS = struct.Struct("iII")  # pid, user, group; see unix(7), SO_PEERCRED
 # A link belongs to its group and ends with it, as the connections that torch keeps for it do.
 _LINKS: WeakKeyDictionary[dist.ProcessGroup, Mapping[int, Link]] = WeakKeyDictionary()
@@ -48,8 +49,14 @@ def _open(group: dist.ProcessGroup) -> dict[int, Link]:
     if listener is not None:
         found |= _accept(listener, [peer for peer, others in enumerate(reached) if group.rank() in others], limit)
         listener.close()
-    name = (group.group_name, group.size())
-    return {peer: Link(connection, peer, limit, name) for peer, connection in sorted(found.items())}
+    name, spin = (group.group_name, group.size()), _WAKE_UP if _has_own_core() else 0.0
+    return {peer: Link(connection, peer, limit, name, spin=spin) for peer, connection in sorted(found.items())}
+
+
+def _has_own_core() -> bool:
+    """Whether there is a core for each rank of this machine, so that one that waits holds up nobody."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return ranks <= len(os.sched_getaffinity(0))
 
 
 def _gather(value: object, group: dist.ProcessGroup) -> list:  # type: ignore[type-arg]

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from datetime import timedelta
 
 import pytest
@@ -21,9 +22,9 @@ SHAPES = [(0,), (), (1,), (3, 5), (1023,), (70_000,), (2, 300, 1000)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
 
-def pair(timeout: float = 5.0) -> tuple[Link, Link]:
+def pair(timeout: float = 5.0, spin: float = 0.0) -> tuple[Link, Link]:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return Link(ends[0], 1, timeout, ("", 2)), Link(ends[1], 0, timeout, ("", 2))
+    return Link(ends[0], 1, timeout, ("", 2), spin=spin), Link(ends[1], 0, timeout, ("", 2), spin=spin)
 
 
 def received(link: Link, like: Tensor, tag: int = 0) -> Tensor:
@@ -89,10 +90,20 @@ def test_a_message_of_another_size_is_refused() -> None:
         received(there, torch.ones(4))
 
 
-def test_a_wait_ends_at_its_limit() -> None:
-    _, there = pair(timeout=0.1)
+@pytest.mark.parametrize("spin", [0.0, 1e-3])
+def test_a_wait_ends_at_its_limit(spin: float) -> None:
+    _, there = pair(timeout=0.1, spin=spin)
     with pytest.raises(LinkError, match=r"timed out after 0\.1 s waiting for a message of rank 0"):
         there.receive(torch.float32, torch.Size([2])).wait()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1], ids=["while it spins", "when it sleeps"])
+def test_a_wait_takes_what_comes_while_it_spins_and_when_it_sleeps(delay: float) -> None:
+    here, there = pair(spin=0.05 if delay else 5.0)
+    sender = threading.Timer(delay, here.send, [torch.ones(2)])
+    sender.start()
+    assert torch.equal(received(there, torch.empty(2)), torch.ones(2))
+    sender.join()
 
 
 def test_what_was_sent_before_the_end_arrives_and_then_the_end_is_told() -> None:
