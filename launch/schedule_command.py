@@ -8,10 +8,11 @@ import click
 
 from weft.launch.errors import UserError
 from weft.parallel.pipeline.check import check_schedule
+from weft.parallel.pipeline.costs import ScheduleCosts
 from weft.parallel.pipeline.draw import draw_timeline, timeline_text
 from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
 from weft.parallel.pipeline.search import search_schedule, share_costs
-from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.simulate import simulate_schedule
 from weft.parallel.pipeline.table import Schedule, ScheduleError, without_collector
 from weft.parallel.pipeline.text import read_schedule, write_schedule
 from weft.parallel.pipeline.timeline import Timeline

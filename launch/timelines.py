@@ -5,8 +5,9 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from weft.parallel.pipeline.costs import ScheduleCosts
 from weft.parallel.pipeline.draw import draw_timeline
-from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.simulate import simulate_schedule
 from weft.parallel.pipeline.table import Schedule
 from weft.parallel.pipeline.timeline import Timeline
 

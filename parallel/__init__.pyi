@@ -25,14 +25,14 @@ from .meta import without_numbers as without_numbers
 from .offload import ActivationOffload as ActivationOffload
 from .pipeline.check import ScheduleFacts as ScheduleFacts
 from .pipeline.check import check_schedule as check_schedule
+from .pipeline.costs import Link as Link
+from .pipeline.costs import ScheduleCosts as ScheduleCosts
 from .pipeline.draw import draw_timeline as draw_timeline
 from .pipeline.executor import PipelineExecutor as PipelineExecutor
 from .pipeline.executor import StepResult as StepResult
 from .pipeline.schedules import build_schedule as build_schedule
 from .pipeline.schedules import forward_only as forward_only
 from .pipeline.search import search_schedule as search_schedule
-from .pipeline.simulate import Link as Link
-from .pipeline.simulate import ScheduleCosts as ScheduleCosts
 from .pipeline.simulate import simulate_schedule as simulate_schedule
 from .pipeline.split_stages import split_stages as split_stages
 from .pipeline.stage import PipelineStage as PipelineStage

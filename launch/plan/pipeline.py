@@ -7,7 +7,8 @@ from weft.launch.plan.cores import shared_length
 from weft.launch.plan.flight import V_SHAPED, schedule_of
 from weft.launch.plan.layout import Layout
 from weft.launch.plan.stages import StageTimes
-from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.costs import ScheduleCosts
+from weft.parallel.pipeline.simulate import simulate_schedule
 from weft.parallel.pipeline.table import Action
 from weft.parallel.pipeline.timeline import Timeline
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from weft.parallel.pipeline.check import peak_activations
+from weft.parallel.pipeline.costs import ScheduleCosts
 from weft.parallel.pipeline.schedules import BUILDERS, build_schedule
-from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.simulate import simulate_schedule
 from weft.parallel.pipeline.split import split_backward
 from weft.parallel.pipeline.table import Schedule, ScheduleError
 

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
-from weft.parallel.pipeline.simulate import UNKNOWN, Duties, ScheduleCosts
+from weft.parallel.pipeline.costs import ScheduleCosts
+from weft.parallel.pipeline.duties import UNKNOWN, Duties
 from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, without_collector
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from weft.launch.timelines import measured_costs, timeline_pictures
+from weft.parallel.pipeline.costs import ScheduleCosts
 from weft.parallel.pipeline.schedules import build_schedule
-from weft.parallel.pipeline.simulate import ScheduleCosts, simulate_schedule
+from weft.parallel.pipeline.simulate import simulate_schedule
 
 
 @pytest.mark.parametrize(("name", "stages_per_rank"), [("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved", 2)])
