@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ def calibrate_command(config: str | None, overrides: tuple[str, ...], output: Pa
     settings = _replicas(load_settings(config, overrides) if config else build_settings(_SMALL_LLAMA), bool(config))
     ranks = settings.parallel.data
     assert ranks != "auto"
+    _prepare(output)
     measured = _run(settings, ranks)
     cores = cores_here()
     on_cpu = device_type(settings) == "cpu"
@@ -111,10 +114,24 @@ def _memory(ranks: int, on_cpu: bool) -> float:
     return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 3)
 
 
+def _prepare(path: Path) -> None:
+    """Refuse what could not be written before a minute of measuring, not after it."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 def _write(path: Path, values: dict[str, Any]) -> None:
-    try:
+    with _explained(path):
         part = path.with_name(f"{path.name}.part")
         part.write_text(write_yaml(values), encoding="utf-8")
         os.replace(part, path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--output {path} cannot be written ({error.strerror}); choose another path.") from error

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from weft.launch import launcher
 from weft.launch.calibrate.fit import RECOMPUTED, REPLICAS, TENSOR, Machine, fit_cluster, fit_link, predict
 from weft.launch.calibrate.measure import products
 from weft.launch.cli import run
@@ -83,14 +84,24 @@ def test_command_measures_this_machine_and_the_planner_reads_its_file(
     monkeypatch.chdir(tmp_path)
     config = Path("tiny.yaml")
     config.write_text(str(TINY).replace("'", '"'), encoding="utf-8")  # JSON is YAML
-    assert run(["calibrate", str(config), "--output", "machine.yaml"]) == 0
-    cluster = load_cluster("machine.yaml")
+    assert run(["calibrate", str(config), "--output", "new/machine.yaml"]) == 0
+    cluster = load_cluster("new/machine.yaml")
     assert cluster.devices_per_node == 2
     assert 1e-5 < cluster.peak_tflops["fp32"] < 100
     assert cluster.node.bandwidth > 0
-    assert run(["plan", str(config), "cluster.device=machine.yaml", "cluster.devices_per_node=2"]) == 0
+    assert run(["plan", str(config), "cluster.device=new/machine.yaml", "cluster.devices_per_node=2"]) == 0
     assert "layouts fit" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["machine.yaml", "tiny.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "tiny.yaml"]
+    assert [path.name for path in Path("new").iterdir()] == ["machine.yaml"]
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(launcher, "launch", None)  # nobody may call it
+    assert run(["calibrate", "--output", str(tmp_path / "file" / "machine.yaml")]) == 2
+    assert "machine.yaml cannot be written (" in capsys.readouterr().err
 
 
 def test_several_nodes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
