@@ -3,7 +3,7 @@
     weft calibrate configs/demo.yaml batch.micro_size=4 --output runs/machine.yaml
     python benchmarks/planning.py --cluster runs/machine.yaml
 
-The layouts are trained in turn, several rounds, each time in processes of their own; medians.
+The layouts are trained in turn, several rounds, each round in processes of its own; medians.
 Prints both times, the error, and Spearman's rank correlation, without the layouts that `weft calibrate` has timed.
 Those tell how much faster or slower the machine is than when it was calibrated.
 Where the ranks share cores, `cores` is what a step takes of them, CPU seconds of all ranks per core: on a machine with
@@ -61,9 +61,13 @@ class Times(NamedTuple):
     cpu: float
 
 
-def measure(overrides: list[str], steps: int) -> list[Times]:
-    """So many steps of a layout on this rank, after one that is not counted."""
+def measure(steps: int) -> dict[str, list[Times]]:
+    """So many steps of each layout on this rank, after one that is not counted."""
     torch.set_num_threads(1)
+    return {name: _measure(overrides, steps) for name, overrides in LAYOUTS.items()}
+
+
+def _measure(overrides: list[str], steps: int) -> list[Times]:
     settings = settings_of(overrides)
     parallel = settings.parallel
     mesh = build_mesh(pipeline=parallel.pipeline, data=int(parallel.data), tensor=parallel.tensor)
@@ -78,16 +82,16 @@ def measure(overrides: list[str], steps: int) -> list[Times]:
         worked = time.process_time() - cpu
         dist.barrier()
         found.append(Times(time.perf_counter() - wall, worked))
-    dist.destroy_process_group()
     return found[1:]
 
 
 def measure_in_turn(rounds: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
     """Of each layout the median seconds of a step, and of what it takes of the cores."""
     found: dict[str, list[tuple[Times, ...]]] = {name: [] for name in LAYOUTS}
-    for name in [*LAYOUTS] * rounds:
-        of_ranks = on_ranks(RANKS, measure, LAYOUTS[name], steps, start_method="fork")
-        found[name] += zip(*of_ranks.values(), strict=True)
+    for _ in range(rounds):
+        of_ranks = on_ranks(RANKS, measure, steps)
+        for name, own in found.items():
+            own += zip(*(rank[name] for rank in of_ranks.values()), strict=True)
     cores = min(RANKS, cores_here())
     measured = {name: statistics.median(ranks[0].wall for ranks in own) for name, own in found.items()}
     shared = {

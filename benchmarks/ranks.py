@@ -8,13 +8,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 Result = TypeVar("Result")
 
 
-def on_ranks(
-    ranks: int, function: Callable[..., Result], *arguments: object, start_method: str = "spawn"
-) -> dict[int, Result]:
-    """Call the function of a module on so many processes, which meet at a free port; every rank's result.
-
-    With "fork" they need not import torch again; what calls must not have computed or communicated itself.
-    """
+def on_ranks(ranks: int, function: Callable[..., Result], *arguments: object) -> dict[int, Result]:
+    """Call the function of a module on so many processes, which meet at a free port; every rank's result."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -24,7 +19,7 @@ def on_ranks(
         run_id="benchmark",
         max_restarts=0,
         monitor_interval=0.1,
-        start_method=start_method,
+        start_method="spawn",
     )
     results: dict[int, Result] = elastic_launch(config, function)(*arguments)
     return results

@@ -7,14 +7,14 @@ rounds as the longest chain of actions has members.
 
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import product
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weft.parallel.pipeline.duties import UNKNOWN, Duties, Duty, Queue
-from weft.parallel.pipeline.table import ABSENT, KINDS, Schedule
+from weft.parallel.pipeline.table import KINDS, Schedule
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.integer]
@@ -95,14 +95,10 @@ class Wavefront:
         there = end if steps.lag is None else end + steps.lag[index]
         for begins, queue in self._gifts:
             self._times[begins[code] + microbatch] = self._queues.arrival(queue[code], there)
-        self._clock[rank] = self._after_sending(rank, code, end, there)
-
-    def _after_sending(self, rank: Integers, code: Integers, end: Floats, there: Floats) -> Floats:
-        """When the ranks go on; an overlapped pair sends at its end."""
         held = self._held[rank] + self._sending[code]
-        at_once = there == end
+        at_once = steps.lag is None or steps.lag[index] == 0.0  # an overlapped pair sends at its end
         self._held[rank] = np.where(at_once, 0.0, held)
-        return np.where(at_once, end + held, end)
+        self._clock[rank] = np.where(at_once, end + held, end)
 
 
 class _Queues:
@@ -137,38 +133,26 @@ class _Steps:
         self._bounds = np.cumsum([0, *map(len, schedule.programs)])
         self.actions = int(self._bounds[-1])
         self.begins, self.ends = self._bounds[:-1], self._bounds[1:]
-        self.code, self.microbatch = (np.full(self.actions, -1, np.int32) for _ in range(2))
-        for code, (kind, stage) in enumerate(product(KINDS, range(schedule.stages))):
-            column = np.frombuffer(schedule.places[kind][stage], np.intc)
-            present = np.flatnonzero(column != ABSENT)
-            index = self._bounds[schedule.placement[stage]] + column[present]
-            self.code[index], self.microbatch[index] = code, present
-        self._read_again(schedule)
+        self.code, self.microbatch = (np.empty(self.actions, np.int32) for _ in range(2))
+        first = {kind: number * schedule.stages for number, kind in enumerate(KINDS)}  # codes
+        for begin, program in zip(self._bounds, schedule.programs, strict=False):
+            part = slice(begin, begin + len(program))
+            self.code[part] = np.fromiter((first[kind] + stage for kind, stage, _ in program), np.int32, len(program))
+            self.microbatch[part] = np.fromiter(map(itemgetter(2), program), np.int32, len(program))
         self.waits: Flags | None = None
         self.lag: Floats | None = None
         self._action: Integers | None = None
         if schedule.overlapped:
             self._overlap(self._first_of_pairs(schedule), cost)
 
-    def _read_again(self, schedule: Schedule) -> None:
-        """The actions that stand in a program twice, of which a schedule knows one place."""
-        for index in np.flatnonzero(self.code < 0):
-            rank = int(np.searchsorted(self._bounds, index, side="right")) - 1
-            kind, stage, microbatch = schedule.programs[rank][index - self._bounds[rank]]
-            self.code[index] = list(KINDS).index(kind) * schedule.stages + stage
-            self.microbatch[index] = microbatch
-
     def _first_of_pairs(self, schedule: Schedule) -> Flags:
         """Which actions begin a block of two."""
-        first = np.zeros(self.actions + 1, np.bool_)
-        for kind, stage, microbatch in schedule.overlapped:
-            place = schedule.places[kind][stage][microbatch]
-            if place != ABSENT:
-                first[self._bounds[schedule.placement[stage]] + place] = True
+        every = (action in schedule.overlapped for program in schedule.programs for action in program)
+        first = np.fromiter(every, np.bool_, self.actions)
         first[self._bounds[1:] - 1] = False  # with nothing behind it
         for index in np.flatnonzero(first[1:] & first[:-1]):
             first[index + 1] &= not first[index]
-        return first[:-1]
+        return first
 
     def _overlap(self, first: Flags, cost: Floats) -> None:
         """Have pairs wait for what the second needs before the first, and the first give at the end of the second."""

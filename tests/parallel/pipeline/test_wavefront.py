@@ -79,6 +79,11 @@ def test_come_as_far_in_a_table_that_cannot_end(name: str) -> None:
     assert stuck
 
 
+def test_a_pair_whose_second_action_takes_next_to_nothing_still_sends_at_its_end() -> None:
+    one, other = both(build_schedule("dualpipe-v", 4, 12, 2), ScheduleCosts(1.0, 1e-20, 0.0, send=0.5, overlap=False))
+    assert one == other
+
+
 def test_tables_of_many_ranks_are_run_all_ranks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = build_schedule("1f1b", simulate.WIDE, 3, 1)
     expected = Loop(schedule, Duties(schedule, ScheduleCosts())).run()
@@ -97,5 +102,5 @@ def test_an_action_that_stands_twice_runs_twice() -> None:
     doubled = replace(schedule, programs=[[schedule.programs[0][0], *schedule.programs[0]], *schedule.programs[1:]])
     with pytest.raises(ScheduleError):
         check_schedule(doubled)
-    lengths = [list(map(len, ends)) for _, ends in both(doubled, ScheduleCosts())]
-    assert lengths == [[5, 4, 4], [5, 4, 4]]
+    one, other = both(doubled, ScheduleCosts())
+    assert [list(map(len, ends)) for _, ends in (one, other)] == [[5, 4, 4], [5, 4, 4]]
