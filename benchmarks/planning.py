@@ -31,7 +31,7 @@ from weft.model.config import model_config
 from weft.parallel import build_mesh
 
 RANKS, BUSY = 4, 1.3
-CALIBRATED = ("data 4", "data 4, full recompute", "tensor 2 × data 2")  # which weft calibrate has trained itself
+CALIBRATED = ("data 4", "tensor 2 × data 2")  # which weft calibrate has trained itself
 LAYOUTS: dict[str, list[str]] = {
     "data 4": ["tensor=1", "pipeline=1"],
     "data 4, full recompute": ["tensor=1", "pipeline=1", "recompute=full"],

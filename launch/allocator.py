@@ -11,8 +11,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed, where it is this process's allocator and the user has not tuned it.
 
     By default it gives large blocks back to the kernel, which then has to find and to clear each page of the same
-    tensors anew in every step: an eighth of the time of a small model's step on CPUs. The most memory that is held at
-    once stays about the same; what lies free between two peaks is kept.
+    tensors anew in every step: about a tenth of the time of a small model's step on CPUs. The most memory that is held
+    at once stays about the same; what lies free between two peaks is kept.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -15,7 +15,6 @@ from weft.launch.plan.step import step_time
 from weft.launch.sections import Settings
 from weft.model.config import model_config
 
-REPLICAS, TENSOR, RECOMPUTED = "replicas", "pairs of tensor ranks", "full recompute"  # layouts that are trained
 Message = tuple[str, int, int, float]
 MOST_LATENCY = 1e5  # microseconds
 
@@ -35,7 +34,7 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
 
     Rates are those of one rank while all are busy. The latency of a kernel and the overhead of a microbatch are what
     training steps of 2 and of 4 layers take above the formulas: per layer, and at all. The latency of a collective is
-    what steps over tensor ranks take above that per layer, and a second forward what steps with full recompute do.
+    what steps over tensor ranks take above that per layer.
     """
     config, precision = model_config(settings.model), settings.train.precision
     peak = max(2 * m * k * n / seconds for m, k, n, seconds in measured["gemm"])
@@ -61,7 +60,7 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
         reserved=0.0,
         overlaps=machine.processors is None,
     )
-    steps = {name: {int(layers): t for layers, t in own.items()} for name, own in measured["steps"].items()}
+    steps = {int(size): {int(layers): t for layers, t in own.items()} for size, own in measured["steps"].items()}
     return _with_overheads(cluster, steps, settings)
 
 
@@ -95,41 +94,35 @@ def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, fl
     return [(x, x) for x, _ in rows], list(rows), [(y, y) for _, y in rows]
 
 
-def _with_overheads(cluster: Cluster, steps: Mapping[str, Mapping[int, float]], settings: Settings) -> Cluster:
-    few, many = min(steps[REPLICAS]), max(steps[REPLICAS])
+def _with_overheads(cluster: Cluster, steps: Mapping[int, Mapping[int, float]], settings: Settings) -> Cluster:
+    few, many = min(steps[1]), max(steps[1])
 
-    def solved(name: str, layout: str, *, digits: int = 1, of_layers: bool = True) -> Cluster:
-        """The constant with which the layout's step takes what it took, or what its layers add to it."""
+    def with_value(name: str, value: float) -> Cluster:
+        return cluster.model_copy(update={name: value})
 
-        def predicted(value: float) -> float:
-            changed = cluster.model_copy(update={name: value})
-            at_all = predict(settings, changed, few, layout)
-            return predict(settings, changed, many, layout) - at_all if of_layers else at_all
+    def of_layers(changed: Cluster, tensor: int) -> float:
+        return predict(settings, changed, many, tensor) - predict(settings, changed, few, tensor)
 
-        taken = steps[layout]
-        value = _solve(predicted, taken[many] - taken[few] if of_layers else taken[few])
-        return cluster.model_copy(update={name: round(value, digits)})
+    def solved(name: str, predicted: Callable[[Cluster], float], wanted: float) -> Cluster:
+        return with_value(name, round(_solve(lambda value: predicted(with_value(name, value)), wanted), 1))
 
-    cluster = solved("kernel_latency", REPLICAS)
-    cluster = solved("microbatch_overhead", REPLICAS, of_layers=False)
-    cluster = solved("second_forward", RECOMPUTED, digits=3)
-    return solved("collective_latency", TENSOR) if TENSOR in steps else cluster
+    cluster = solved("kernel_latency", lambda changed: of_layers(changed, 1), steps[1][many] - steps[1][few])
+    cluster = solved("microbatch_overhead", lambda changed: predict(settings, changed, few), steps[1][few])
+    if 2 in steps:
+        wanted = steps[2][many] - steps[2][few]
+        cluster = solved("collective_latency", lambda changed: of_layers(changed, 2), wanted)
+    return cluster
 
 
-def predict(settings: Settings, cluster: Cluster, layers: int, layout: str = REPLICAS) -> float:
-    """Seconds of a step of the model with so many layers in one of the layouts that are trained."""
+def predict(settings: Settings, cluster: Cluster, layers: int, tensor: int = 1) -> float:
+    """Seconds of a step of the model with so many layers, a replica on each group of so many tensor ranks."""
     config = model_config(settings.model | {"num_hidden_layers": layers})
-    data, tensor = settings.parallel.data, 2 if layout == TENSOR else 1
+    data = settings.parallel.data
     assert data != "auto"
     return step_time(
         shape_of(config),
         Job(settings.batch.global_size, settings.corpus.sequence_length),
-        Layout(
-            data=data // tensor,
-            tensor=tensor,
-            micro_batch=settings.batch.micro_size,
-            recompute="full" if layout == RECOMPUTED else "none",
-        ),
+        Layout(data=data // tensor, tensor=tensor, micro_batch=settings.batch.micro_size),
         recipe_of(settings.train.precision, overlaps=cluster.overlaps),
         cluster,
     ).total

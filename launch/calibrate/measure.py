@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from weft.launch.calibrate.fit import RECOMPUTED, REPLICAS, TENSOR
 from weft.launch.engine import Engine
 from weft.launch.errors import UserError
 from weft.launch.settings import Settings, check_layout, load_settings
@@ -147,20 +146,19 @@ def _messages(clock: _Clock, device: torch.device) -> list[tuple[str, int, int, 
     return found
 
 
-def _steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> dict[str, dict[int, float]]:
-    """Seconds of a training step by layout and layers, replicas on all ranks; the models take turns.
+def _steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> dict[int, dict[int, float]]:
+    """Seconds of a training step by tensor ranks and layers, replicas on all ranks; the models take turns.
 
     As time passes: that ranks on shared cores are not always spread evenly over them is part of a step.
     """
-    layouts = {REPLICAS: (settings, mesh), RECOMPUTED: (_with(settings, recompute="full"), mesh)}
-    if pairs := _over_tensor_ranks(settings):
-        layouts[TENSOR] = pairs, build_training_mesh(pairs)
-    engines = {(name, n): _engine(*layout, n) for name, layout in layouts.items() for n in LAYERS}
-    seconds: dict[tuple[str, int], list[float]] = {kind: [] for kind in engines}
+    layouts = [(settings, mesh)] + [(tensor, build_training_mesh(tensor)) for tensor in _over_tensor_ranks(settings)]
+    engines = {(own["tensor"].size(), n): _engine(each, own, n) for each, own in layouts for n in LAYERS}
+    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in engines}
     for step in range(STEPS + 1):
         for kind, engine in engines.items():
             seconds[kind].append(_step(clock, engine, step))
-    return {name: {n: _mean(statistics.median(seconds[name, n][1:])) for n in LAYERS} for name in layouts}
+    medians = {kind: _mean(statistics.median(found[1:])) for kind, found in seconds.items()}
+    return {size: {n: medians[size, n] for n in LAYERS} for size in dict.fromkeys(size for size, _ in engines)}
 
 
 def _step(clock: _Clock, engine: Engine, step: int) -> float:
@@ -173,19 +171,16 @@ def _step(clock: _Clock, engine: Engine, step: int) -> float:
     return time.perf_counter() - start
 
 
-def _over_tensor_ranks(settings: Settings) -> Settings | None:
+def _over_tensor_ranks(settings: Settings) -> list[Settings]:
     """The same job on pairs of tensor ranks, where ranks and model divide by two."""
     ranks = dist.get_world_size()
-    halved = _with(settings, tensor=2, data=ranks // 2)
+    parallel = settings.parallel.model_copy(update={"tensor": 2, "data": ranks // 2})
+    halved = settings.model_copy(update={"parallel": parallel})
     try:
         check_layout(halved, ranks)
     except UserError:
-        return None
-    return halved
-
-
-def _with(settings: Settings, **parallel: Any) -> Settings:
-    return settings.model_copy(update={"parallel": settings.parallel.model_copy(update=parallel)})
+        return []
+    return [halved]
 
 
 def _engine(settings: Settings, mesh: DeviceMesh, layers: int) -> Engine:

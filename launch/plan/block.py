@@ -95,20 +95,20 @@ def block_time(model: Model, *, experts: bool = False) -> PieceTime:
     products = _products(model) + (_expert_products(model) if experts else _mlp_products(model))
     plain = _plain(model)
     forward = products.forward + plain + attention[0]
-    again = {"none": 0.0, "selective": attention[0], "full": forward * model.cluster.second_forward}
+    recompute = {"none": 0.0, "selective": attention[0], "full": forward}[model.layout.recompute]
     collective = _tensor_collective(model)
     exchange = _expert_exchange(model) if experts else 0.0
-    tensor_again = collective + exchange if model.layout.recompute == "full" else 0.0
+    again = collective + exchange if model.layout.recompute == "full" else 0.0
     ring = _context_exchange(model, attention[0])
     hidden = min(collective, model.recipe.hidden_tensor * products.weight_gradient)
     return PieceTime(
         forward=forward,
         input_gradient=products.input_gradient + 1.5 * plain + attention[1],
         weight_gradient=products.weight_gradient,
-        recompute=again[model.layout.recompute],
+        recompute=recompute,
         tensor_forward=collective + exchange,
         tensor_backward=collective + exchange - hidden + _gathered_again(model),
-        tensor_recompute=tensor_again,
+        tensor_recompute=again,
         context_forward=ring[0],
         context_backward=ring[1] + (ring[0] if model.layout.recompute != "none" else 0.0),
     )

@@ -77,9 +77,6 @@ class Cluster(Section):
     microbatch_overhead: NotBelow0 = Field(
         default=300.0, description="microseconds per stage, microbatch and direction beside the kernels"
     )
-    second_forward: NotBelow0 = Field(
-        default=1.0, description="what a block's second forward takes under full recompute, over its first"
-    )
     collective_latency: NotBelow0 = Field(
         default=0.0,
         description="microseconds of each collective beside its messages; on shared cores its ranks lose their caches",

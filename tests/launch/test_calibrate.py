@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from weft.launch import launcher
-from weft.launch.calibrate.fit import RECOMPUTED, REPLICAS, TENSOR, Machine, fit_cluster, fit_link, predict
+from weft.launch.calibrate.fit import Machine, fit_cluster, fit_link, predict
 from weft.launch.calibrate.measure import products
 from weft.launch.cli import run
 from weft.launch.plan.cluster import Link, load_cluster
@@ -61,21 +61,16 @@ def test_what_training_steps_took_is_predicted_again(processors: int | None) -> 
         "attention": 2e-6,
         "plain": 3 * 4 * 32 * 64 / 4e9,
         "messages": [("all_reduce", 2, size, 1e-4 + size / 1e9) for size in (4096, 2**18, 2**21)],
-        "steps": {
-            REPLICAS: {"2": 0.020, "4": 0.032},
-            TENSOR: {"2": 0.040, "4": 0.075},
-            RECOMPUTED: {"2": 0.024, "4": 0.041},
-        },
+        "steps": {"1": {"2": 0.020, "4": 0.032}, "2": {"2": 0.040, "4": 0.075}},
     }
     cluster = fit_cluster(Machine("here", 2, processors, 4.0), measured, settings)
     assert cluster.peak_tflops["fp32"] == pytest.approx(0.005)
     assert cluster.gemm_efficiency == pytest.approx(1.0)
     assert cluster.memory_bandwidth == pytest.approx(4.0)
-    for layers, seconds in measured["steps"][REPLICAS].items():
+    for layers, seconds in measured["steps"]["1"].items():
         assert predict(settings, cluster, int(layers)) == pytest.approx(seconds, rel=0.02)
-    for layout, of_layers in {TENSOR: 0.035, RECOMPUTED: 0.017}.items():
-        predicted = predict(settings, cluster, 4, layout) - predict(settings, cluster, 2, layout)
-        assert predicted == pytest.approx(of_layers, rel=0.02)
+    of_layers = predict(settings, cluster, 4, tensor=2) - predict(settings, cluster, 2, tensor=2)
+    assert of_layers == pytest.approx(0.035, rel=0.02)
 
 
 def test_command_measures_this_machine_and_the_planner_reads_its_file(
