@@ -165,7 +165,10 @@ class Checkpoints:
 
     def _is_readable(self, path: Path) -> bool:
         """Whether a checkpoint has a manifest that can be trusted: read once, for one may have thousands of pieces."""
-        written = (path / MANIFEST).stat().st_mtime_ns
+        try:
+            written = (path / MANIFEST).stat().st_mtime_ns
+        except OSError:  # somebody else has removed it
+            return False
         if self._readable.get(path) != written and is_readable(path):
             self._readable[path] = written
         return self._readable.get(path) == written

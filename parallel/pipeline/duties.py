@@ -30,6 +30,7 @@ class Queue:
         return self._free + self.latency
 
 
+Times = list["array[float]"]  # of the actions of each rank
 Need = tuple["array[float]", float, dict[int, int]]  # times of a value, how long it takes to arrive, who waits for it
 Gift = tuple["array[float]", Queue | None, dict[int, int]]  # times of a value, the queue before it, who waits for it
 Duty = tuple[list[Need], float, list[Gift], float]  # needs, cost, gifts, and how long the sends hold the rank

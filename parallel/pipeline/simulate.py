@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from itertools import repeat
 
 from weft.parallel.pipeline.costs import ScheduleCosts
-from weft.parallel.pipeline.duties import UNKNOWN, Duties
+from weft.parallel.pipeline.duties import UNKNOWN, Duties, Times
 from weft.parallel.pipeline.table import Action, Schedule, ScheduleError, without_collector
 from weft.parallel.pipeline.timeline import Timeline
 
 WIDE = 64  # ranks, from which on numpy's rounds are quicker than a loop over actions
-Times = list["array[float]"]
 
 
 @without_collector()

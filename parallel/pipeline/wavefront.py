@@ -13,13 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weft.parallel.pipeline.duties import UNKNOWN, Duties, Duty, Queue
+from weft.parallel.pipeline.duties import UNKNOWN, Duties, Duty, Queue, Times
 from weft.parallel.pipeline.table import KINDS, Schedule
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.integer]
 Flags = NDArray[np.bool_]
-Times = list["array[float]"]
 
 
 class _Need(NamedTuple):

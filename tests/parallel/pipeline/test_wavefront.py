@@ -12,9 +12,9 @@ from tests.parallel.pipeline.test_schedules import schedules
 from weft.parallel import Link, Schedule, ScheduleCosts, ScheduleError, build_schedule, check_schedule, forward_only
 from weft.parallel.pipeline import simulate
 from weft.parallel.pipeline.costs import Send
-from weft.parallel.pipeline.duties import Duties
+from weft.parallel.pipeline.duties import Duties, Times
 from weft.parallel.pipeline.schedules import BUILDERS
-from weft.parallel.pipeline.simulate import Loop, Times, simulate_schedule
+from weft.parallel.pipeline.simulate import Loop, simulate_schedule
 from weft.parallel.pipeline.wavefront import Wavefront
 
 seconds = st.floats(0.0, 3.0, width=32)
