@@ -193,7 +193,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         ValueError: a key is unknown, missing, of the wrong type or out of range, or its value is not supported.
     """
     model_type = settings.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model.model_type is {model_type!r}; known are {', '.join(sorted(FAMILIES))}; weft.parallel.parallelize() "
             "splits models of other types in a script of your own"
