@@ -1,4 +1,5 @@
-"""Mutated checkpoint manifests and settings files: each is taken or refused in one sentence, soon and in little memory.
+"""Mutated checkpoint manifests, settings and models' configs: each is taken or refused in one sentence, soon and in
+little memory.
 
     python benchmarks/fuzz.py                        # 5,000 of each
     python benchmarks/fuzz.py --count 500 --seed 7
@@ -7,6 +8,7 @@ The mutations follow from the seed. Most manifests get a valid checksum of their
 """
 
 import argparse
+import json
 import random
 import re
 import resource
@@ -16,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,7 @@ import torch.distributed as dist
 from weft.launch.errors import UserError
 from weft.launch.saved_run import read_run
 from weft.launch.settings import check_layout, load_settings
+from weft.model.families import FAMILIES
 from weft.parallel import build_mesh
 from weft.parallel.checkpoint import CheckpointError, Entry, load_checkpoint, save_checkpoint
 from weft.parallel.checkpoint.verify import problems_of
@@ -37,6 +41,12 @@ VALUES = (
     b'"../../etc/passwd"', b'"/dev/zero"', b'"rank-00000.safetensors"', b"[" * 5000, b'{"a":' * 5000, b"&a [*a]", b"*a",
     b'"\\u0000"', b"!!python/object/apply:os.system [id]", "\u2028é".encode(), b"- - - -", b"? ", b": ", b"9" * 5000,
     b"[*a, *a, *a, *a, *a, *a]",
+)  # fmt: skip
+JSON_VALUES: tuple[Any, ...] = (
+    0, -1, 1, 3, 10**15, 10**400, 1.5, 1e300, float("nan"), float("inf"), None, True, False, "", "x", [], [[]], [{}],
+    {}, {"": 0}, {"rope_type": {}}, {"rope_type": "yarn", "factor": "x"},
+    {"rope_type": "longrope", "short_factor": [0], "long_factor": ["x"]},
+    ["full_attention", "sliding_attention"] * 2, [{}, [], 0, None],
 )  # fmt: skip
 
 
@@ -74,6 +84,7 @@ def resigned(manifest: bytes) -> bytes:
 
 def try_manifests(folder: Path, count: int, seed: int) -> Counter[str]:
     """Read, verify and load a checkpoint with `count` mutated manifests; returns how often each came out how."""
+    torch.manual_seed(seed)  # so that the manifest, which holds the tensors' checksums, is the same in each run
     entries = [Entry(name, torch.randn(12, 5)) for name in ("model/a", "exp_avg/a", "model/b")]
     mesh = build_mesh()
     try:
@@ -107,6 +118,45 @@ def try_settings(folder: Path, count: int, seed: int, config: Path) -> Counter[s
     return _try(attempt, UserError, count)
 
 
+def try_configs(folder: Path, count: int, seed: int) -> Counter[str]:
+    """Read and check `count` mutated config.json of models of all families; returns how often each came out how."""
+    pretrained, path = folder / "model", folder / "pretrained.yaml"
+    pretrained.mkdir()
+    path.write_text(f"model: {{pretrained: {pretrained}}}")
+    generator = random.Random(seed)
+    configs = [config_of(model_type) for model_type in sorted(FAMILIES)]
+
+    def attempt() -> None:
+        config = generator.choice(configs)
+        if generator.random() < 0.5:
+            config = config | {generator.choice(list(config)): generator.choice(JSON_VALUES)}
+            data = json.dumps(config).encode()
+        else:
+            data = mutated(json.dumps(config, indent=1).encode(), generator)
+        (pretrained / "config.json").write_bytes(data)
+        check_layout(load_settings(path), 4)
+
+    return _try(attempt, UserError, count)
+
+
+def config_of(model_type: str) -> dict[str, Any]:
+    """A config with sizes, windows and scaled positions, as far as the family has them."""
+    family = FAMILIES[model_type]
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "encoder_layers": 2, "decoder_layers": 2}
+    own = {key: sizes[name] for key, name in family.names.items() if name in sizes}
+    windows = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2, "layer_types": None}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rotary = family.defaults.get("positions", "rotary") == "rotary" and family.local_theta is None
+    return {
+        "model_type": model_type,
+        **own,
+        **(windows if family.windows else {}),
+        **({"rope_parameters": scaling} if rotary else {}),
+        "tie_word_embeddings": True,
+    }
+
+
 def _try(attempt: Callable[[], None], refusal: type[Exception], count: int) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     for _ in range(count):
@@ -136,6 +186,7 @@ def main() -> None:
         for name, outcomes in (
             ("manifests", try_manifests(Path(folder), arguments.count, arguments.seed)),
             ("settings", try_settings(Path(folder), arguments.count, arguments.seed, config)),
+            ("configs", try_configs(Path(folder), arguments.count, arguments.seed)),
         ):
             print(f"{arguments.count} mutated {name}: " + ", ".join(f"{n} {how}" for how, n in outcomes.most_common()))
         print(f"seed {arguments.seed}, {time.perf_counter() - start:.0f} s")

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from weft.launch.errors import UserError
+from weft.model.config_values import shortened
 
 _SCALARS = {
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -23,7 +24,7 @@ _SCALARS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "tag:yaml.org,2002:merge": (r"<<", "<"),
 }
-_MOST_VALUES, _LONGEST_TEXT, _DEEPEST = 10_000, 4096, 100
+_MOST_VALUES, _LONGEST_TEXT, _MOST_DIGITS, _DEEPEST = 10_000, 4096, 100, 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,6 +95,8 @@ def _check_size(value: Any, source: str) -> None:
                 f"{source} holds more than {_MOST_VALUES:,} values or a text of over {_LONGEST_TEXT:,} characters; "
                 "settings are a few dozen lines."
             )
+        if isinstance(part, int) and abs(part) >= 10**_MOST_DIGITS:
+            raise UserError(f"{source} holds a number of more than {_MOST_DIGITS} digits; write a smaller one.")
         if isinstance(part, dict):
             left += [*part.keys(), *part.values()]
         elif isinstance(part, (list, tuple, set)):
@@ -130,7 +133,7 @@ def describe(value: Any) -> str:
     """The value as a person would write it, shortened, text in quotes."""
     shown = write_yaml(value).removesuffix("...\n") if not isinstance(value, str) else repr(value)
     shown = repr(value) if isinstance(value, (list, tuple, dict)) else shown.strip()
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"
+    return shortened(shown)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str], known: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from weft.launch.overrides import describe
+from weft.model.config_values import shortened
 
 Schema = Mapping[str, Any]
 
@@ -45,7 +46,7 @@ def _unknown_key(path: Sequence[str], known: Sequence[str]) -> str:
     anywhere = {key.rpartition(".")[2]: key for key in reversed(known)}
     near = [names[name] for names in (siblings, anywhere) if (name := nearest(path[-1], list(names)))]
     remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings.values())}."
-    return f"{'.'.join(path)} is not a setting; {remedy}"
+    return f"{shortened('.'.join(path))} is not a setting; {remedy}"
 
 
 def _known_part(path: Sequence[str], known: Sequence[str]) -> str:

@@ -67,10 +67,10 @@ def model_of_directory(directory: str) -> dict[str, Any]:
 def _mask_token(file: Path) -> int | None:
     """The number of the token that stands for masked ones, which configs leave to the tokenizer."""
     try:
-        added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
-    except (OSError, ValueError):
+        added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        return next((int(token["id"]) for token in added if token["content"] == "[MASK]"), None)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return next((int(token["id"]) for token in added if token.get("content") == "[MASK]"), None)
 
 
 def _model_from_file(key: str, value: Any, path: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _model_from_file(key: str, value: Any, path: Any) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is no path"
         missing = f"but {path} cannot be read" if key == "pretrained" else "which cannot be read"
         raise UserError(f"model.{key} is {describe(value)}, {missing}: {reason}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"model.{key} is {value}, which is not JSON; give a Hugging Face config.json.") from None
     if not isinstance(config, dict):
         raise UserError(f"model.{key} is {value}, which holds no keys; give a Hugging Face config.json.")

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from weft.model.families import FAMILIES, Family
+from weft.model.config_values import checked, layers, mapping, number, shortened, shown, whole
+from weft.model.families import FAMILIES, Family, Windows
 from weft.model.rotary_config import Rotary, read_rotary
 from weft.parallel.tensor.divide import check_features, check_heads
 
@@ -174,8 +175,14 @@ _IGNORED = {
 }  # fmt: skip
 # Keys that change the computation in a way not covered, with the values that leave it as it is
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
-_MAY_BE_ZERO = {"token_types", "encoder_layers"}
+_MAY_BE_ZERO = {"token_types", "start_token", "mask_token"}
+_LAYERS = {"num_hidden_layers", "encoder_layers", "decoder_layers"}
+_KINDS: dict[str, Any] = {known.name: known.type for known in fields(ModelConfig)} | {
+    "activation": str, "feed_forward": str, "start_token": int, "mask_token": int,
+}  # fmt: skip
+_PATTERN_KEYS = ("sliding_window_pattern", "_sliding_window_pattern")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ROTARY = "rope_type and rope_theta"
 _ROTARY_KEYS = {
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "rotary_emb_base",
     "original_max_position_embeddings", "rope_local_base_freq",
@@ -195,24 +202,26 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model.model_type is {model_type!r}; known are {', '.join(sorted(FAMILIES))}; weft.parallel.parallelize() "
-            "splits models of other types in a script of your own"
+            f"model.model_type is {shown(model_type)}; known are {', '.join(sorted(FAMILIES))}; "
+            "weft.parallel.parallelize() splits models of other types in a script of your own"
         )
     family = FAMILIES[model_type]
     values = dict(family.defaults)
     for key, value in settings.items():
         names = _own_names(key, value, family)
         if value is not None:
-            values |= dict.fromkeys(names, value)
+            values |= {name: _checked(key, name, value) for name in names}
     if family.encoder_decoder:
         _read_encoder_decoder(values)
     _derive(values)
     _add_positions(values, settings, family)
     _add_windows(values, settings, family)
-    return _checked(model_type, values)
+    return _fitting(ModelConfig(model_type=model_type, **values))
 
 
-def _own_names(key: str, value: Any, family: Family) -> list[str]:
+def _own_names(key: Any, value: Any, family: Family) -> list[str]:
+    if not isinstance(key, str):
+        raise ValueError(f"model.{key!r} is not a known key; keys are words")
     if key in family.names:
         return family.names[key].split()
     if key == "model_type" or key in _IGNORED or key in family.ignored:
@@ -226,24 +235,35 @@ def _own_names(key: str, value: Any, family: Family) -> list[str]:
         if value in neutral[key]:
             return []
         raise ValueError(
-            f"model.{key} is {value!r}, which is not supported; leave it out or set it to {neutral[key][0]}"
+            f"model.{key} is {shown(value)}, which is not supported; leave it out or set it to {neutral[key][0]}"
         )
     near = difflib.get_close_matches(key, [*family.names, *_IGNORED, *_ROTARY_KEYS], 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(family.names))}"
-    raise ValueError(f"model.{key} is not a known key; {hint}")
+    raise ValueError(f"model.{shortened(key)} is not a known key; {hint}")
+
+
+def _checked(key: str, name: str, value: Any) -> Any:
+    """What `key` says of the number `name` of a `ModelConfig`."""
+    if name in _LAYERS:
+        return layers(key, value)
+    if name == "query_scalar":
+        return number(key, value, above=0)
+    checked(key, value, _KINDS[name], least=name not in _MAY_BE_ZERO)
+    if name == "activation" and value not in _ACTIVATIONS:
+        raise ValueError(f"model.{key} is {shown(value)}; choose one of {', '.join(sorted(_ACTIVATIONS))}")
+    if name.endswith("dropout") and value >= 1:
+        raise ValueError(f"model.{key} is {shown(value)}; choose a number from 0 up to, not including, 1")
+    return value
 
 
 def _read_encoder_decoder(values: dict[str, Any]) -> None:
     """What configs of encoder-decoder models say in their own way."""
-    layers = values.setdefault("encoder_layers", 6)
-    decoder_layers = values.pop("decoder_layers", layers)
-    for name, number in (("num_layers", layers), ("num_decoder_layers", decoder_layers)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"model.{name} is {number!r}; give it a whole number of at least 1")
-    values["num_hidden_layers"] = layers + decoder_layers
-    gate, _, activation = values.pop("feed_forward", "relu").rpartition("-")
-    if gate not in ("", "gated"):
-        raise ValueError(f"model.feed_forward_proj is '{gate}-{activation}'; choose relu or gated-gelu")
+    encoder_layers = values.setdefault("encoder_layers", 6)
+    decoder_layers = values.pop("decoder_layers", encoder_layers)
+    values["num_hidden_layers"] = encoder_layers + decoder_layers
+    gate, dash, activation = values.pop("feed_forward", "relu").rpartition("-")
+    if gate not in ("", "gated") or activation not in _ACTIVATIONS:
+        raise ValueError(f"model.feed_forward_proj is '{gate}{dash}{activation}'; choose relu or gated-gelu")
     # T5 says gated-gelu where it means the approximation of GELU by tanh
     values |= {"gated": bool(gate), "activation": "gelu_new" if gate and activation == "gelu" else activation}
     values.setdefault("logits_scaled", values.get("tie_word_embeddings", True))
@@ -255,9 +275,7 @@ def _add_positions(values: dict[str, Any], settings: Mapping[str, Any], family: 
     if values.get("positions", "rotary") != "rotary":
         return
     key = next((name for name in ("rope_parameters", "rope_scaling") if settings.get(name)), "rope_theta")
-    given = settings[key] if key != "rope_theta" else {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"model.{key} is {given!r}; give it a mapping with the keys rope_type and rope_theta")
+    given = mapping(key, settings[key], _ROTARY) if key != "rope_theta" else {}
     flat = {
         "rope_theta": _first(settings, "rope_theta", "rotary_emb_base"),
         "partial_rotary_factor": _first(settings, "partial_rotary_factor", "rotary_pct"),
@@ -265,11 +283,11 @@ def _add_positions(values: dict[str, Any], settings: Mapping[str, Any], family: 
     }
     fallback = {"theta": theta, "fraction": family.rotary_fraction}
     positions = values["max_position_embeddings"]
-    full = given.get("full_attention", given)
+    full = mapping(f"{key}.full_attention", given.get("full_attention", given), _ROTARY)
     values["rotary"] = read_rotary(key, flat | _stated(full), positions, **fallback)
     if family.local_theta is not None:
-        local = given.get("sliding_attention", {})
-        base = settings.get("rope_local_base_freq") or family.local_theta
+        local = mapping(f"{key}.sliding_attention", given.get("sliding_attention", {}), _ROTARY)
+        base = number("rope_local_base_freq", settings.get("rope_local_base_freq") or family.local_theta, above=0)
         values["local_rotary"] = read_rotary(key, _stated(local), positions, **fallback | {"theta": base})
 
 
@@ -289,22 +307,28 @@ def _add_windows(values: dict[str, Any], settings: Mapping[str, Any], family: Fa
     window = settings.get("sliding_window", windows.default)
     if window is None or (windows.switched and not settings.get("use_sliding_window")):
         return
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"model.sliding_window is {window!r}; give it a whole number of at least 1, or null")
-    layers, types = range(values["num_hidden_layers"]), settings.get("layer_types")
+    values |= {
+        "sliding_window": whole("sliding_window", window),
+        "sliding_layers": _sliding_layers(range(values["num_hidden_layers"]), settings, windows),
+    }
+
+
+def _sliding_layers(all_layers: range, settings: Mapping[str, Any], windows: Windows) -> tuple[int, ...]:
+    types = settings.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or len(types) != len(layers) or set(types) - _LAYER_TYPES:
+        known = sorted(_LAYER_TYPES)
+        if not isinstance(types, list) or len(types) != len(all_layers) or any(kind not in known for kind in types):
             raise ValueError(
-                f"model.layer_types is {types!r}; give one of {' and '.join(sorted(_LAYER_TYPES))} for each of the "
-                f"{len(layers)} layers"
+                f"model.layer_types is {shown(types)}; give one of {' and '.join(known)} for each of the "
+                f"{len(all_layers)} layers"
             )
-        chosen = [layer for layer in layers if types[layer] == "sliding_attention"]
-    elif windows.pattern:
-        pattern = _first(settings, "sliding_window_pattern", "_sliding_window_pattern") or windows.pattern
-        chosen = [layer for layer in layers if (layer + 1) % pattern]
-    else:
-        chosen = list(layers[settings.get("max_window_layers", 28) if windows.switched else 0 :])
-    values |= {"sliding_window": window, "sliding_layers": tuple(chosen)}
+        return tuple(layer for layer in all_layers if types[layer] == "sliding_attention")
+    if windows.pattern:
+        key = next((name for name in _PATTERN_KEYS if settings.get(name) is not None), None)
+        pattern = whole(key, settings[key]) if key else windows.pattern
+        return tuple(layer for layer in all_layers if (layer + 1) % pattern)
+    first = whole("max_window_layers", settings.get("max_window_layers", 28), least=0) if windows.switched else 0
+    return tuple(all_layers[first:])
 
 
 def _derive(values: dict[str, Any]) -> None:
@@ -312,45 +336,25 @@ def _derive(values: dict[str, Any]) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if name not in values:
             raise ValueError(f"model.{name} is missing; give it a whole number")
-        if isinstance(values[name], bool) or not isinstance(values[name], int):
-            raise ValueError(f"model.{name} is {values[name]!r}; give it a whole number")
     if not values.get("gated", True):
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
     if "intermediate_size" not in values:
         raise ValueError("model.intermediate_size is missing; give it a whole number")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     if "head_dim" not in values:
-        if values["num_attention_heads"] < 1 or values["hidden_size"] % values["num_attention_heads"]:
+        if values["hidden_size"] % values["num_attention_heads"]:
             raise ValueError(
                 f"model.hidden_size {values['hidden_size']} does not divide into {values['num_attention_heads']} "
                 "attention heads; change one of them or set model.head_dim"
             )
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-    activation = values.get("activation", "silu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"the model's activation is {activation!r}; choose one of {', '.join(sorted(_ACTIVATIONS))}")
-    values["activation"] = _ACTIVATIONS[activation]
+    values["activation"] = _ACTIVATIONS[values.get("activation", "silu")]
     if "query_scalar" in values:
         values["attention_scale"] = values.pop("query_scalar") ** -0.5
 
 
-def _checked(model_type: str, values: dict[str, Any]) -> ModelConfig:
-    for known in fields(ModelConfig):
-        name, kind = known.name, known.type
-        if name not in values or kind is str:
-            continue
-        value = values[name]
-        if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"model.{name} is {value!r}; choose true or false")
-        if kind is int and (
-            isinstance(value, bool) or not isinstance(value, int) or value < (name not in _MAY_BE_ZERO)
-        ):
-            raise ValueError(f"model.{name} is {value!r}; give it a whole number of at least 1")
-        if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise ValueError(f"model.{name} is {value!r}; give it a number of at least 0")
-        if name.endswith("dropout") and value >= 1:
-            raise ValueError(f"model.{name} is {value!r}; choose a number from 0 up to, not including, 1")
-    config = ModelConfig(model_type=model_type, **values)
+def _fitting(config: ModelConfig) -> ModelConfig:
+    """The config, whose numbers go together."""
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"model: {config.num_attention_heads} attention heads do not divide over "

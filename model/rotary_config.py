@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import log, sqrt
 from typing import Any, Literal
 
+from weft.model.config_values import checked, number, shown
+
 Scaling = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 SCALINGS: tuple[Scaling, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _NEEDED = {
@@ -77,38 +79,41 @@ def read_rotary(key: str, values: Mapping[str, Any], positions: int, *, theta: f
     if kind == "su" or (kind == "yarn" and "long_factor" in values):
         kind = "longrope"  # its names in the first Phi-3 configs
     if kind not in SCALINGS:
-        raise ValueError(f"model.{key} is of the unsupported kind {kind!r}; choose one of {', '.join(SCALINGS)}")
+        raise ValueError(f"model.{key} is of the unsupported kind {shown(kind)}; choose one of {', '.join(SCALINGS)}")
     missing = [name for name in _NEEDED.get(kind, ()) if not values.get(name)]
     if missing:
         raise ValueError(f"model.{key} of the kind {kind} lacks {missing[0]}; add it")
     theta = _number(key, "rope_theta", values, theta)
-    common: dict[str, Any] = {"theta": theta, "fraction": _number(key, "partial_rotary_factor", values, fraction)}
+    common: dict[str, Any] = {"theta": theta, "fraction": _fraction(key, values, fraction)}
     if kind == "default":
         return Rotary(**common)
     common |= {"length": positions, "factor": _number(key, "factor", values, 1.0)}
     if kind in ("linear", "dynamic"):
         return Rotary(**common, scaling=kind)
-    length = int(_number(key, "original_max_position_embeddings", values, positions))
-    common |= {"length": length}
+    common |= {"length": int(_number(key, "original_max_position_embeddings", values, positions))}
+    if common["length"] < 1:
+        raise ValueError(f"model.{key}: original_max_position_embeddings is below 1; give it a whole number")
     if kind == "llama3":
         low, high = (_number(key, f"{name}_freq_factor", values, 1.0) for name in ("low", "high"))
+        if low >= high:
+            raise ValueError(
+                f"model.{key}: low_freq_factor is {low:g}; give it a number below high_freq_factor {high:g}"
+            )
         return Rotary(**common, scaling="llama3", low=low, high=high)
     return _yarn(key, values, common) if kind == "yarn" else _longrope(key, values, common, positions)
 
 
 def _yarn(key: str, values: Mapping[str, Any], common: dict[str, Any]) -> Rotary:
     factor = common["factor"]
-    magnitude = values.get("attention_factor")
-    if magnitude is None:
-        whole, part = values.get("mscale"), values.get("mscale_all_dim")
-        magnitude = _growth(factor, whole) / _growth(factor, part) if whole and part else _growth(factor, 1.0)
+    whole, part = (values.get(name) and _number(key, name, values, 1.0) for name in ("mscale", "mscale_all_dim"))
+    growth = _growth(factor, whole) / _growth(factor, part) if whole and part else _growth(factor, 1.0)
     return Rotary(
         **common,
         scaling="yarn",
-        magnitude=float(magnitude),
+        magnitude=_number(key, "attention_factor", values, growth),
         low=_number(key, "beta_slow", values, 1.0),
         high=_number(key, "beta_fast", values, 32.0),
-        truncate=values.get("truncate", True),
+        truncate=checked(f"{key}: truncate", values.get("truncate", True), bool),
     )
 
 
@@ -117,18 +122,31 @@ def _growth(factor: float, weight: float) -> float:
 
 
 def _longrope(key: str, values: Mapping[str, Any], common: dict[str, Any], positions: int) -> Rotary:
-    factor = common["factor"] if values.get("factor") else positions / common["length"]
-    magnitude = values.get("attention_factor")
-    if magnitude is None:
-        magnitude = sqrt(1 + log(factor) / log(common["length"])) if factor > 1 else 1.0
-    factors = {f"{name}_factors": tuple(map(float, values[f"{name}_factor"])) for name in ("short", "long")}
-    return Rotary(**common | {"factor": factor}, scaling="longrope", magnitude=float(magnitude), **factors)  # type: ignore[arg-type]
+    factor, length = common["factor"] if values.get("factor") else positions / common["length"], common["length"]
+    growth = sqrt(1 + log(factor) / log(length)) if factor > 1 and length > 1 else 1.0
+    return Rotary(
+        **common | {"factor": factor},
+        scaling="longrope",
+        magnitude=_number(key, "attention_factor", values, growth),
+        short_factors=_factors(key, "short_factor", values),
+        long_factors=_factors(key, "long_factor", values),
+    )
+
+
+def _factors(key: str, name: str, values: Mapping[str, Any]) -> tuple[float, ...]:
+    given = values[name]
+    if not isinstance(given, list):
+        raise ValueError(f"model.{key}: {name} is {shown(given)}; give it a list of numbers above 0")
+    return tuple(float(number(f"{key}: {name}", factor, above=0)) for factor in given)
+
+
+def _fraction(key: str, values: Mapping[str, Any], default: float) -> float:
+    fraction = _number(key, "partial_rotary_factor", values, default)
+    if fraction > 1:
+        raise ValueError(f"model.{key}: partial_rotary_factor is {fraction:g}; give it a number up to 1")
+    return fraction
 
 
 def _number(key: str, name: str, values: Mapping[str, Any], default: float) -> float:
     value = values.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"model.{key}: {name} is {value!r}; give it a number above 0")
-    return float(value)
+    return default if value is None else float(number(f"{key}: {name}", value, above=0))

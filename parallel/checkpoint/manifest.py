@@ -34,6 +34,7 @@ _NO_CHECKSUM = "00000000"
 Size = Annotated[int, Field(ge=0, lt=2**62)]
 Sizes = Annotated[tuple[Size, ...], Field(strict=False, max_length=16)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+TensorName = Annotated[str, Field(max_length=500)]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,7}\.safetensors$")]
 
 
@@ -111,7 +112,7 @@ class Manifest(_Record):
     format: Literal[2] = FORMAT
     metadata: dict[str, JsonValue]
     files: dict[FileName, FileRecord]
-    tensors: dict[str, TensorRecord]
+    tensors: dict[TensorName, TensorRecord]
 
     @model_validator(mode="after")
     def _check_tensors(self) -> Self:

@@ -272,6 +272,7 @@ SCENARIOS: list[Scenario] = [
     reshard_renamed,
     settings_file("[" * 5000),
     settings_file("a: &a [1, *a]"),
+    settings_file("a: " + "9" * 101),
 ]
 
 

@@ -216,6 +216,8 @@ def test_several_mistakes_get_a_sentence_each(write: Any) -> None:
         ("name: \x00", "is not valid YAML: "),
         ("1: x", "1 is not a setting; keys are words"),
         ("name: x", "model is missing: "),
+        (f"name: x\nmodel: {{a: {'9' * 200}}}", "holds a number of more than 100 digits; write a smaller one."),
+        (f"name: x\nmodel: {{a: 1}}\n{'k' * 200}: 1", "k… is not a setting; "),
     ],
 )
 def test_files_that_are_no_settings(write: Any, text: str, expected: str) -> None:

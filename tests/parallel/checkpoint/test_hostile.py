@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fuzz import try_manifests, try_settings
+from benchmarks.fuzz import try_configs, try_manifests, try_settings
 from tests.parallel.checkpoint.small import SHARD, alone, entries, save
 from weft.parallel.checkpoint import MANIFEST, CheckpointError, load_checkpoint, read_manifest
 from weft.parallel.checkpoint.verify import problems_of
@@ -147,6 +147,7 @@ EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (cut_everywhere, f"{WEIGHT} is cut along more than 8 dims"),
     (lambda m: m["tensors"]["model/scale"].update(code="import os"), "not to be trusted"),
     (lambda m: m.update(format=99), "not to be trusted"),
+    (lambda m: m["tensors"].update({"x" * 5000: m["tensors"]["model/scale"]}), "not to be trusted"),
     (lambda m: m.update(metadata=[]), "not to be trusted"),
 ]
 
@@ -211,3 +212,4 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_mutated_manifests_and_settings_are_taken_or_refused_in_a_sentence(tmp_path: Path) -> None:
     assert try_manifests(tmp_path, 300, seed=2).keys() <= {"taken", "refused"}
     assert try_settings(tmp_path, 100, 2, ROOT / "configs/demo.yaml").keys() <= {"taken", "refused"}
+    assert try_configs(tmp_path, 300, 2).keys() <= {"taken", "refused"}
