@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import Any
 
 from weft.launch.plan.cluster import Cluster, Link, load_cluster
@@ -17,6 +18,8 @@ from weft.model.config import model_config
 
 Message = tuple[str, int, int, float]
 MOST_LATENCY = 1e5  # microseconds
+LEAST_EFFICIENCY = 1e-3
+BRIEF_SEQUENCE = 2  # tokens
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
     """The constants with which the planner's formulas give what was measured.
 
     Rates are those of one rank while all are busy. The latency of a kernel and the overhead of a microbatch are what
-    training steps of 2 and of 4 layers take above the formulas: per layer, and at all. The latency of a collective is
-    what steps over tensor ranks take above that per layer.
+    steps of hardly any tokens take: more with more layers, and more with more microbatches. The share of the memory's
+    rate that plain kernels reach is what steps of replicas then take above the formulas; the latency of a collective,
+    what steps over tensor ranks take above that.
     """
     config, precision = model_config(settings.model), settings.train.precision
     peak = max(2 * m * k * n / seconds for m, k, n, seconds in measured["gemm"])
@@ -61,7 +65,8 @@ def fit_cluster(machine: Machine, measured: Mapping[str, Any], settings: Setting
         overlaps=machine.processors is None,
     )
     steps = {int(size): {int(layers): t for layers, t in own.items()} for size, own in measured["steps"].items()}
-    return _with_overheads(cluster, steps, settings)
+    cluster = _with_latencies(cluster, {(layers, count): t for layers, count, t in measured["brief"]}, settings)
+    return _with_rates(cluster, steps, settings)
 
 
 def fit_link(messages: Sequence[Message]) -> Link:
@@ -94,24 +99,64 @@ def _products(rows: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, fl
     return [(x, x) for x, _ in rows], list(rows), [(y, y) for _, y in rows]
 
 
-def _with_overheads(cluster: Cluster, steps: Mapping[int, Mapping[int, float]], settings: Settings) -> Cluster:
-    few, many = min(steps[1]), max(steps[1])
+def _with_latencies(cluster: Cluster, seconds: Mapping[tuple[int, int], float], settings: Settings) -> Cluster:
+    """What steps by layers and microbatches tell of kernels and microbatches that have nothing to do."""
+    (few, least), (_, most), (many, _) = sorted(seconds)
 
-    def with_value(name: str, value: float) -> Cluster:
-        return cluster.model_copy(update={name: value})
+    def step(changed: Cluster, layers: int, count: int) -> float:
+        return predict(brief(settings, count), changed, layers)
 
-    def of_layers(changed: Cluster, tensor: int) -> float:
-        return predict(settings, changed, many, tensor) - predict(settings, changed, few, tensor)
+    def of_layers(changed: Cluster) -> float:
+        return step(changed, many, most) - step(changed, few, most)
 
-    def solved(name: str, predicted: Callable[[Cluster], float], wanted: float) -> Cluster:
-        return with_value(name, round(_solve(lambda value: predicted(with_value(name, value)), wanted), 1))
+    def of_microbatches(changed: Cluster) -> float:
+        return step(changed, few, most) - step(changed, few, least)
 
-    cluster = solved("kernel_latency", lambda changed: of_layers(changed, 1), steps[1][many] - steps[1][few])
-    cluster = solved("microbatch_overhead", lambda changed: predict(settings, changed, few), steps[1][few])
+    cluster = _solved(cluster, "kernel_latency", of_layers, seconds[many, most] - seconds[few, most])
+    return _solved(cluster, "microbatch_overhead", of_microbatches, seconds[few, most] - seconds[few, least])
+
+
+def _with_rates(cluster: Cluster, steps: Mapping[int, Mapping[int, float]], settings: Settings) -> Cluster:
+    layers = max(steps[1])
+
+    def step(changed: Cluster) -> float:
+        return predict(settings, changed, layers)
+
+    if step(cluster) > steps[1][layers]:  # a device that computes while it is called has the latencies for nothing
+        cluster = _solved(cluster, "kernel_latency", step, steps[1][layers])
+    else:
+        cluster = _with_efficiency(cluster, step, steps[1][layers])
     if 2 in steps:
-        wanted = steps[2][many] - steps[2][few]
-        cluster = solved("collective_latency", lambda changed: of_layers(changed, 2), wanted)
+        over_two = partial(predict, settings, layers=layers, tensor=2)
+        cluster = _solved(cluster, "collective_latency", over_two, steps[2][layers])
     return cluster
+
+
+def _solved(cluster: Cluster, latency: str, predicted: Callable[[Cluster], float], wanted: float) -> Cluster:
+    """The cluster with the latency, in microseconds, with which `predicted` is `wanted`."""
+
+    def with_value(value: float) -> Cluster:
+        return cluster.model_copy(update={latency: value})
+
+    return with_value(round(_solve(lambda value: predicted(with_value(value)), wanted, 0.0, MOST_LATENCY), 1))
+
+
+def _with_efficiency(cluster: Cluster, predicted: Callable[[Cluster], float], wanted: float) -> Cluster:
+    """The cluster with the share of the memory's rate with which `predicted` is `wanted`."""
+
+    def with_slowdown(slowdown: float) -> Cluster:
+        return cluster.model_copy(update={"memory_efficiency": round(1 / slowdown, 5)})
+
+    return with_slowdown(_solve(lambda value: predicted(with_slowdown(value)), wanted, 1.0, 1 / LEAST_EFFICIENCY))
+
+
+def brief(settings: Settings, microbatches: int) -> Settings:
+    """The same model with microbatches of one text of hardly any tokens."""
+    data = settings.parallel.data
+    assert data != "auto"
+    batch = settings.batch.model_copy(update={"global_size": data * microbatches, "micro_size": 1})
+    corpus = settings.corpus.model_copy(update={"sequence_length": BRIEF_SEQUENCE})
+    return settings.model_copy(update={"batch": batch, "corpus": corpus})
 
 
 def predict(settings: Settings, cluster: Cluster, layers: int, tensor: int = 1) -> float:
@@ -128,9 +173,8 @@ def predict(settings: Settings, cluster: Cluster, layers: int, tensor: int = 1) 
     ).total
 
 
-def _solve(function: Callable[[float], float], wanted: float) -> float:
-    """The value at which a growing function is `wanted`; 0 where it is more than that from the beginning."""
-    low, high = 0.0, MOST_LATENCY
+def _solve(function: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """The value at which a growing function is `wanted`; `low` where it is more than that from the beginning."""
     if function(low) >= wanted:
         return low
     for _ in range(60):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
+from weft.launch.calibrate.fit import BRIEF_SEQUENCE, brief
 from weft.launch.engine import Engine
 from weft.launch.errors import UserError
 from weft.launch.settings import Settings, check_layout, load_settings
@@ -25,6 +26,7 @@ from weft.parallel.product import product
 RESULT, SETTINGS = "measured.json", "settings.yaml"
 MESSAGES = (4 * 2**10, 256 * 2**10, 2 * 2**20)  # bytes
 LAYERS = (2, 4)
+BRIEF = ((2, 2), (2, 8), (4, 8))  # layers and microbatches of steps whose tokens are too few to take time
 ROUNDS, SECONDS = 5, 0.04  # of each measurement: the median of so many rounds of at least so long
 STEPS = 9
 
@@ -46,14 +48,15 @@ def _measure(settings: Settings, mesh: DeviceMesh) -> dict[str, Any]:
     tokens = settings.batch.micro_size * settings.corpus.sequence_length
     clock = _Clock(device)
     steps = _steps(clock, settings, mesh)
-    gemm = [[*shape, clock.seconds(_product(shape, device))] for shape in products(config, tokens)]
+    shapes = products(config, tokens)
     return {
-        "gemm": gemm,
+        "gemm": [[*shape, clock.seconds(_products(shape, device)) / 3] for shape in shapes],
         "busy": clock.busy,
         "attention": clock.seconds(_attention(config, settings, device)),
         "plain": clock.seconds(_plain(tokens, config, device)),
         "messages": _messages(clock, device),
         "steps": steps,
+        "brief": _brief_steps(clock, settings, mesh),
     }
 
 
@@ -110,10 +113,11 @@ class _Clock:
         return wall if self._ranks_per_core is None else cpu * self._ranks_per_core
 
 
-def _product(shape: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+def _products(shape: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+    """The product of a layer, and those of its two gradients."""
     m, k, n = shape
-    x, weight = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
-    return lambda: product(x, weight)
+    x, weight, gradient = (torch.randn(size, device=device) for size in ((m, k), (n, k), (m, n)))
+    return lambda: (product(x, weight), product(gradient, weight.t()), product(gradient.t(), x.t()))
 
 
 def _attention(config: ModelConfig, settings: Settings, device: torch.device) -> Callable[[], object]:
@@ -156,14 +160,26 @@ def _steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> dict[int, dic
     seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in engines}
     for step in range(STEPS + 1):
         for kind, engine in engines.items():
-            seconds[kind].append(_step(clock, engine, step))
+            seconds[kind].append(_step(clock, engine, step, settings.corpus.sequence_length))
     medians = {kind: _mean(statistics.median(found[1:])) for kind, found in seconds.items()}
     return {size: {n: medians[size, n] for n in LAYERS} for size in dict.fromkeys(size for size, _ in engines)}
 
 
-def _step(clock: _Clock, engine: Engine, step: int) -> float:
-    shape = (engine.settings.batch.global_size // engine.data.size(), engine.settings.corpus.sequence_length)
-    tokens = torch.randint(engine.config.vocab_size, shape)
+def _brief_steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> list[tuple[int, int, float]]:
+    """Layers, microbatches, and seconds of a step that has nothing to do but to call its kernels."""
+    engines = [(layers, count, _engine(brief(settings, count), mesh, layers)) for layers, count in BRIEF]
+    seconds: list[list[float]] = [[] for _ in BRIEF]
+    for step in range(STEPS + 1):
+        for found, (_, _, engine) in zip(seconds, engines, strict=True):
+            found.append(_step(clock, engine, step, BRIEF_SEQUENCE))
+    medians = (_mean(statistics.median(found[1:])) for found in seconds)
+    return [(layers, count, median) for (layers, count, _), median in zip(engines, medians, strict=True)]
+
+
+def _step(clock: _Clock, engine: Engine, step: int, sequence: int) -> float:
+    tokens = torch.randint(
+        engine.config.vocab_size, (engine.settings.batch.global_size // engine.data.size(), sequence)
+    )
     dist.barrier()
     start = time.perf_counter()
     clock.once(lambda: engine.step(step, tokens, tokens))

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from weft.launch import launcher
-from weft.launch.calibrate.fit import Machine, fit_cluster, fit_link, predict
-from weft.launch.calibrate.measure import products
+from weft.launch.calibrate.fit import Machine, brief, fit_cluster, fit_link, predict
+from weft.launch.calibrate.measure import BRIEF, LAYERS, products
 from weft.launch.cli import run
-from weft.launch.plan.cluster import Link, load_cluster
+from weft.launch.plan.cluster import Cluster, Link, load_cluster
 from weft.launch.plan.collectives import Group, all_gather_seconds, all_reduce_seconds
 from weft.launch.settings import Settings, build_settings
 from weft.model.config import model_config
@@ -52,25 +52,55 @@ def test_link_cannot_be_found_where_size_does_not_matter() -> None:
         fit_link([("all_gather", 2, 4096, 1e-2), ("all_gather", 2, 2**21, 1e-3)])
 
 
-@pytest.mark.parametrize("processors", [None, 1])
-def test_what_training_steps_took_is_predicted_again(processors: int | None) -> None:
-    settings: Settings = build_settings(TINY)
+def made_up(settings: Settings, cluster: Cluster) -> dict[str, Any]:
+    """What would be measured on the cluster."""
     shapes = products(model_config(settings.model), tokens=32)
-    measured = {
+    steps = {str(n): predict(settings, cluster, n) for n in LAYERS}
+    over_two = {str(n): predict(settings, cluster, n, tensor=2) for n in LAYERS}
+    return {
         "gemm": [(m, k, n, 2 * m * k * n / 5e9) for m, k, n in shapes],
-        "attention": 2e-6,
+        "attention": 32 * 4 * 16 * 17 / 2 / 5e9,
         "plain": 3 * 4 * 32 * 64 / 4e9,
         "messages": [("all_reduce", 2, size, 1e-4 + size / 1e9) for size in (4096, 2**18, 2**21)],
-        "steps": {"1": {"2": 0.020, "4": 0.032}, "2": {"2": 0.040, "4": 0.075}},
+        "steps": {"1": steps, "2": over_two},
+        "brief": [(n, count, predict(brief(settings, count), cluster, n)) for n, count in BRIEF],
     }
-    cluster = fit_cluster(Machine("here", 2, processors, 4.0), measured, settings)
-    assert cluster.peak_tflops["fp32"] == pytest.approx(0.005)
-    assert cluster.gemm_efficiency == pytest.approx(1.0)
-    assert cluster.memory_bandwidth == pytest.approx(4.0)
-    for layers, seconds in measured["steps"]["1"].items():
-        assert predict(settings, cluster, int(layers)) == pytest.approx(seconds, rel=0.02)
-    of_layers = predict(settings, cluster, 4, tensor=2) - predict(settings, cluster, 2, tensor=2)
-    assert of_layers == pytest.approx(0.035, rel=0.02)
+
+
+CONSTANTS = ("kernel_latency", "microbatch_overhead", "memory_efficiency", "collective_latency")
+
+
+@pytest.mark.parametrize("processors", [None, 1])
+def test_constants_are_found_again(processors: int | None) -> None:
+    settings: Settings = build_settings(TINY)
+    machine = Machine("here", 2, processors, 4.0)
+    blank = {"1": {"2": 0.0, "4": 0.0}}
+    nothing = made_up(settings, load_cluster("cpu")) | {
+        "steps": blank,
+        "brief": [(n, count, 0.0) for n, count in BRIEF],
+    }
+    formulas = fit_cluster(machine, nothing, settings)  # whose constants are all 0
+    assert formulas.peak_tflops["fp32"] == pytest.approx(0.005)
+    assert formulas.gemm_efficiency == pytest.approx(1.0)
+    assert formulas.memory_bandwidth == pytest.approx(4.0)
+    truth = formulas.model_copy(update=dict(zip(CONSTANTS, (20.0, 150.0, 0.25, 60.0), strict=True)))
+    found = fit_cluster(machine, made_up(settings, truth), settings)
+    # few tokens read something too, which is taken for a kernel's latency
+    for name in CONSTANTS:
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.15), name
+    for tensor in (1, 2):
+        seconds = predict(settings, truth, 4, tensor)
+        assert predict(settings, found, 4, tensor) == pytest.approx(seconds, rel=0.02)
+
+
+def test_latencies_hide_where_devices_compute_while_they_are_called() -> None:
+    settings: Settings = build_settings(TINY)
+    measured = made_up(settings, load_cluster("cpu").model_copy(update={"kernel_latency": 50.0}))
+    seconds = 0.5 * measured["steps"]["1"]["4"]
+    measured["steps"] = {"1": {"2": seconds / 2, "4": seconds}}
+    cluster = fit_cluster(Machine("here", 2, None, 4.0), measured, settings)
+    assert cluster.memory_efficiency == 1.0
+    assert predict(settings, cluster, 4) == pytest.approx(seconds, rel=0.02)
 
 
 def test_command_measures_this_machine_and_the_planner_reads_its_file(
