@@ -142,7 +142,7 @@ class TestCommands:
 
     def test_test_runs_all_checks_then_the_tests(self, machine: Machine) -> None:
         assert machine.run("test").returncode == 0
-        checks = ["ruff check .", "ruff format --check .", "mypy", "pytest"]
+        checks = ["ruff check .", "ruff format --check .", "mypy", "pytest --numprocesses 2 --dist worksteal"]
         assert machine.calls()[-4:] == [f"python -m {check}" for check in checks]
 
     def test_test_with_arguments_runs_these_tests_alone(self, machine: Machine) -> None:
@@ -154,7 +154,7 @@ class TestCommands:
     def test_failed_check_is_reported_after_the_tests(self, machine: Machine) -> None:
         result = machine.run("test", answer='case "$2" in mypy) exit 4 ;; pytest) exit 5 ;; esac')
         assert result.returncode == 4
-        assert machine.calls()[-1] == "python -m pytest"
+        assert machine.calls()[-1] == "python -m pytest --numprocesses 2 --dist worksteal"
         assert sentences(result) == ["run: failed: mypy pytest"]
 
     def test_tests_have_one_thread_per_process(self, machine: Machine) -> None:
@@ -354,4 +354,4 @@ def test_continuous_integration_calls_run_test(machine: Machine) -> None:
     command: Sequence[Path] = [machine.clone / ".ci/run"]
     environment = {"PATH": str(machine.folder / "bin"), "CI": "true"}
     subprocess.run(command, cwd="/", env=environment, stdin=subprocess.DEVNULL, check=True, timeout=60)
-    assert machine.calls()[-1] == "python -m pytest --reruns 2 -rR"
+    assert machine.calls()[-1] == "python -m pytest --reruns 2 -rR --numprocesses 2 --dist worksteal"
