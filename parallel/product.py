@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 SMALLEST_FOR_ONEDNN = 3 * 2**19  # multiplications; below, preparing oneDNN's call takes longer than it saves
 ROWS_AT_ONCE = 8192  # of a sum, so that the product beside it stays small
+# Entries of a product with more rows than columns that oneDNN computes turned, up to a third sooner; to add a larger
+# one turned takes longer than that saves
+LARGEST_TURNED = 2**17
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,14 +34,20 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add `x W^T` to `total` in place, without autograd. Shapes: total `[rows, out]`, x `[rows, in]`."""
-    if not is_by_onednn(x, weight):
-        total.addmm_(x, weight.t())
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left right` to `total` in place, without autograd.
+
+    Shapes: total `[rows, out]`, left `[rows, in]`, right `[in, out]`.
+    """
+    columns = right.t()
+    if not is_by_onednn(left, columns):
+        total.addmm_(left, right)
         return
-    for part, rows in zip(total.split(ROWS_AT_ONCE), x.split(ROWS_AT_ONCE), strict=True):
-        # oneDNN is up to a third slower where the first factor has more rows than the second
-        part += product(rows, weight) if len(rows) <= len(weight) else product(weight, rows).t()
+    for part, rows in zip(total.split(ROWS_AT_ONCE), left.split(ROWS_AT_ONCE), strict=True):
+        if len(columns) < len(rows) and part.numel() <= LARGEST_TURNED:
+            part += product(columns, rows).t()
+        else:
+            part += product(rows, columns)
 
 
 def is_by_onednn(x: Tensor, weight: Tensor) -> bool:

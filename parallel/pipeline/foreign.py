@@ -102,6 +102,6 @@ def _weight_gradient(gradient: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _accumulate_weight(weight: Tensor, gradient: Tensor, x: Tensor) -> None:
     """Add the product of rows to the gradient in one pass over it, where the precisions agree."""
     if weight.grad is not None and weight.grad.dtype == gradient.dtype == x.dtype:
-        add_product(weight.grad, gradient.t(), x.t())
+        add_product(weight.grad, gradient.t(), x)
     else:
         accumulate_gradient(weight, _weight_gradient(gradient, x, weight.dtype))

@@ -120,7 +120,7 @@ class _Gradients:
         if self.weight is None:
             return
         if self.weight.dtype == x.dtype:
-            add_product(self.weight, gradient.t(), x.t())
+            add_product(self.weight, gradient.t(), x)
         else:
             self.weight += outer_product(gradient, x, self.weight.dtype)
 

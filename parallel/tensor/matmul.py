@@ -146,7 +146,7 @@ def _reduce_input_gradient(ctx: Any, gradients: Sequence[Tensor], weights: Seque
     """Start the sum over the ranks of the input's gradient; the result waits for it."""
     total = product(gradients[0], weights[0].t())
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        add_product(_rows(total), _rows(gradient), weight.t())
+        add_product(_rows(total), _rows(gradient), weight)
     if ctx.mesh is None:
         return lambda: total
     if ctx.gather:

@@ -35,8 +35,11 @@ def test_a_product_is_exact_to_rounding(leading: tuple[int, ...], strided: bool)
     check(product(x, weight), exact)
     check(product(x, weight, bias), exact + bias)
     summed = exact.view(ROWS, OUT) + total
-    add_product(total, x.reshape(ROWS, IN), weight)
+    turned = total.t().contiguous()
+    add_product(total, x.reshape(ROWS, IN), weight.t())
     check(total, summed)
+    add_product(turned, weight, x.reshape(ROWS, IN).t())
+    check(turned, summed.t())
 
 
 @pytest.mark.skipif(not WIDE, reason="this processor has no AVX-512")
