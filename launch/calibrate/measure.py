@@ -26,9 +26,9 @@ from weft.parallel.product import product
 RESULT, SETTINGS = "measured.json", "settings.yaml"
 MESSAGES = (4 * 2**10, 256 * 2**10, 2 * 2**20)  # bytes
 LAYERS = (2, 4)
-BRIEF = ((2, 2), (2, 8), (4, 8))  # layers and microbatches of steps whose tokens are too few to take time
+BRIEF = ((1, 2), (1, 8), (4, 8))  # layers and microbatches of steps whose tokens are too few to take time
 ROUNDS, SECONDS = 5, 0.04  # of each measurement: the median of so many rounds of at least so long
-STEPS = 9
+STEPS, BRIEF_STEPS = 9, 21
 
 
 def main(folder: str, overrides: Sequence[str]) -> None:
@@ -169,7 +169,7 @@ def _brief_steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> list[tu
     """Layers, microbatches, and seconds of a step that has nothing to do but to call its kernels."""
     engines = [(layers, count, _engine(brief(settings, count), mesh, layers)) for layers, count in BRIEF]
     seconds: list[list[float]] = [[] for _ in BRIEF]
-    for step in range(STEPS + 1):
+    for step in range(BRIEF_STEPS + 1):
         for found, (_, _, engine) in zip(seconds, engines, strict=True):
             found.append(_step(clock, engine, step, BRIEF_SEQUENCE))
     medians = (_mean(statistics.median(found[1:])) for found in seconds)
