@@ -159,9 +159,22 @@ def brief(settings: Settings, microbatches: int) -> Settings:
     return settings.model_copy(update={"batch": batch, "corpus": corpus})
 
 
+def with_layers(settings: Settings, layers: int) -> Settings:
+    """The same model with so many layers, of which an encoder and a decoder have half each, but one at least."""
+    model, config = dict(settings.model), model_config(settings.model)
+    if config.encoder_layers:
+        half = max(1, layers // 2)
+        model |= {"num_layers": half, "num_decoder_layers": half}
+    else:
+        model["num_hidden_layers"] = layers
+    if types := model.get("layer_types"):
+        model["layer_types"] = [types[layer % len(types)] for layer in range(layers)]
+    return settings.model_copy(update={"model": model})
+
+
 def predict(settings: Settings, cluster: Cluster, layers: int, tensor: int = 1) -> float:
     """Seconds of a step of the model with so many layers, a replica on each group of so many tensor ranks."""
-    config = model_config(settings.model | {"num_hidden_layers": layers})
+    config = model_config(with_layers(settings, layers).model)
     data = settings.parallel.data
     assert data != "auto"
     return step_time(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from weft.launch.calibrate.fit import BRIEF_SEQUENCE, brief
+from weft.launch.calibrate.fit import BRIEF_SEQUENCE, brief, with_layers
 from weft.launch.engine import Engine
 from weft.launch.errors import UserError
 from weft.launch.settings import Settings, check_layout, load_settings
@@ -200,7 +200,7 @@ def _over_tensor_ranks(settings: Settings) -> list[Settings]:
 
 
 def _engine(settings: Settings, mesh: DeviceMesh, layers: int) -> Engine:
-    settings = settings.model_copy(update={"model": settings.model | {"num_hidden_layers": layers}})
+    settings = with_layers(settings, layers)
     return Engine(model_config(settings.model), settings, mesh)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from weft.launch import launcher
-from weft.launch.calibrate.fit import Machine, brief, fit_cluster, fit_link, predict
+from weft.launch.calibrate.fit import Machine, brief, fit_cluster, fit_link, predict, with_layers
 from weft.launch.calibrate.measure import BRIEF, LAYERS, products
 from weft.launch.cli import run
 from weft.launch.plan.cluster import Cluster, Link, load_cluster
@@ -101,6 +101,36 @@ def test_latencies_hide_where_devices_compute_while_they_are_called() -> None:
     cluster = fit_cluster(Machine("here", 2, None, 4.0), measured, settings)
     assert cluster.memory_efficiency == 1.0
     assert predict(settings, cluster, 4) == pytest.approx(seconds, rel=0.02)
+
+
+GEMMA = {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
+T5 = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 3,
+    "num_decoder_layers": 5,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [TINY["model"], TINY["model"] | GEMMA | ALTERNATING, {"vocab_size": 64} | T5],
+    ids=["llama", "windows", "t5"],
+)
+def test_models_of_other_depths_are_of_the_same_kind(model: dict[str, Any]) -> None:
+    settings = build_settings(TINY | {"model": model})
+    before = model_config(settings.model)
+    for layers in (2, 4):
+        config = model_config(with_layers(settings, layers).model)
+        assert config.num_hidden_layers == layers
+        assert config.encoder_layers == (layers // 2 if before.encoder_layers else 0)
+        assert config.sliding_layers == tuple(range(0, layers, 2) if before.sliding_layers else ())
+        assert config.layer_parameters == before.layer_parameters
+        assert predict(settings, load_cluster("cpu"), layers) > 0
 
 
 def test_command_measures_this_machine_and_the_planner_reads_its_file(
