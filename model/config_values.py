@@ -64,6 +64,6 @@ def shown(value: Any) -> str:
     return shortened(text)
 
 
-def shortened(text: str, most: int = 60) -> str:
-    """The text, its end left out if it has more than `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}…"
+def shortened(text: str) -> str:
+    """The text, its end left out if it has more than 60 characters."""
+    return text if len(text) <= 60 else f"{text[:57]}…"

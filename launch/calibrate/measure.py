@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,23 +157,26 @@ def _steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> dict[int, dic
     """
     layouts = [(settings, mesh)] + [(tensor, build_training_mesh(tensor)) for tensor in _over_tensor_ranks(settings)]
     engines = {(own["tensor"].size(), n): _engine(each, own, n) for each, own in layouts for n in LAYERS}
-    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in engines}
-    for step in range(STEPS + 1):
-        for kind, engine in engines.items():
-            seconds[kind].append(_step(clock, engine, step, settings.corpus.sequence_length))
-    medians = {kind: _mean(statistics.median(found[1:])) for kind, found in seconds.items()}
+    medians = _medians(clock, engines, STEPS, settings.corpus.sequence_length)
     return {size: {n: medians[size, n] for n in LAYERS} for size in dict.fromkeys(size for size, _ in engines)}
 
 
 def _brief_steps(clock: _Clock, settings: Settings, mesh: DeviceMesh) -> list[tuple[int, int, float]]:
     """Layers, microbatches, and seconds of a step that has nothing to do but to call its kernels."""
-    engines = [(layers, count, _engine(brief(settings, count), mesh, layers)) for layers, count in BRIEF]
-    seconds: list[list[float]] = [[] for _ in BRIEF]
-    for step in range(BRIEF_STEPS + 1):
-        for found, (_, _, engine) in zip(seconds, engines, strict=True):
-            found.append(_step(clock, engine, step, BRIEF_SEQUENCE))
-    medians = (_mean(statistics.median(found[1:])) for found in seconds)
-    return [(layers, count, median) for (layers, count, _), median in zip(engines, medians, strict=True)]
+    engines = {(layers, count): _engine(brief(settings, count), mesh, layers) for layers, count in BRIEF}
+    medians = _medians(clock, engines, BRIEF_STEPS, BRIEF_SEQUENCE)
+    return [(layers, count, seconds) for (layers, count), seconds in medians.items()]
+
+
+def _medians(
+    clock: _Clock, engines: Mapping[tuple[int, int], Engine], steps: int, sequence: int
+) -> dict[tuple[int, int], float]:
+    """Seconds of a step of each engine, the median after a first step; the engines take turns."""
+    seconds: dict[tuple[int, int], list[float]] = {kind: [] for kind in engines}
+    for step in range(steps + 1):
+        for kind, engine in engines.items():
+            seconds[kind].append(_step(clock, engine, step, sequence))
+    return {kind: _mean(statistics.median(found[1:])) for kind, found in seconds.items()}
 
 
 def _step(clock: _Clock, engine: Engine, step: int, sequence: int) -> float:
